@@ -1,0 +1,456 @@
+"""Direct Group Preference Optimization (DGPO, arXiv:2510.08425): the algorithm and nothing else.
+
+Read it beside the paper: every object of Sections 2 and 3 and of Appendix C stands here, in the
+paper's order, under the lines that derive it.
+
+Conventions. Tensors are (P, G, ...) = prompts x group members x data axes. Time t runs over [0, 1],
+where 1 is pure noise: the paper's U[t_min, T] is U[t_min, 1]. The schedule is rectified flow's,
+alpha_t = 1 - t and sigma_t = t, and a network predicts the velocity v* = dx_t/dt = eps - x0. The
+paper's f, the prediction of x0, is then f = x_t - t v. `theta` is the model in training, `ref` the
+model it started from, `old` (the paper's theta^-) the one whose samples it learns from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Real = float | Tensor
+# (x_t (B, ...), t (B,), p (B,)) -> v (B, ...), p being the row in P that a sample belongs to
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _require(condition: bool | Tensor, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_groups(**tensors: Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    alike = len(set(shapes.values())) == 1 and all(len(shape) == 2 for shape in shapes.values())
+    listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    _require(alike, f"{', '.join(shapes)} must have one shape (P, G), got {listed}")
+
+
+# Section 2, Eq. 3 -> 5 -> 6: every policy is the optimum for some reward.
+# RLHF maximises E_p[r] - beta KL(p || p_ref) over p. With Z(c) = sum_x p_ref(x|c) exp(r(c, x)/beta)
+#     E_p[r] - beta KL(p || p_ref) = beta log Z(c) - beta KL(p || p_ref exp(r/beta) / Z(c)).
+# Only the last KL depends on p, and it vanishes at p* = p_ref exp(r/beta) / Z(c) (Eq. 5). Solved
+# for r: r = beta log p*/p_ref + beta log Z(c) (Eq. 6). Read backwards, p_theta is the optimum for
+# its implicit reward r_theta = beta log p_theta/p_ref + beta log Z(c), so a policy can be fitted to
+# preferences as a reward model is. What stands in the way is Z(c), a sum over all images.
+#
+# Eq. 1, 2, 7: DPO fits r_theta to pairs, by log sigmoid(r_theta(x_w) - r_theta(x_l)). log Z(c)
+# cancels in a difference of two: that is why DPO needs pairs, blind to how good each sample is.
+#
+# Section 3.1, Eq. 8, 9, 11: DGPO compares two sets, by their weighted sums of r_theta. log Z(c)
+# then has the coefficient beta (sum_{G+} w - sum_{G-} w), and cancels for all balanced weights.
+# (A misprint: Eq. 11 has Z(c) in the bracket where Eq. 10 has log Z(c). The coefficient is right.)
+
+
+def group_gap(values: Tensor, w: Tensor, positive: Tensor) -> Tensor:
+    """R(G+) - R(G-), Eq. 8, 9: sum of w * values over G+ minus that over G-. (P, G) -> (P,).
+
+    positive: boolean, True in G+. Raises ValueError unless all three have one shape (P, G).
+    """
+    _require_groups(values=values, w=w, positive=positive)
+    weighted = w * values
+    return weighted.where(positive, 0).sum(1) - weighted.where(~positive, 0).sum(1)
+
+
+# Section 3.2: weights that balance. Advantages sum to zero over a group, so what is above zero
+# weighs as much as what is below: w = |A| has sum_{G+} w = sum_{G-} w, and a sample counts the more
+# the further it is from average. Dividing by a std keeps the balance; clipping A would break it.
+
+
+def group_advantages(rewards: Tensor, std: str = "group", eps: float = 0.0) -> Tensor:
+    """Eq. 12: A_i = (r_i - mean_j r_j) / (std_j r_j + eps). (P, G), G >= 2 -> (P, G).
+
+    The mean is the group's. The std is the population's (divisor G, so that |A_i| <= sqrt(G - 1)),
+    of the group, or with std="batch" of all P * G rewards, which the released trainer uses for OCR
+    and PickScore. A group of equal rewards has no preference and gets exact zeros. eps (there 1e-4)
+    keeps a group from being torn apart over differences that are mere rounding.
+    Raises ValueError on another shape or std, on eps < 0, and on a reward that is not finite.
+    """
+    _require(rewards.ndim == 2, f"rewards must be (P, G), got {tuple(rewards.shape)}")
+    _require(rewards.shape[1] >= 2, f"rewards (P, G) must have G >= 2, got {tuple(rewards.shape)}")
+    _require(std in ("group", "batch"), f"std must be 'group' or 'batch', got {std!r}")
+    _require(eps >= 0, f"eps must be at least 0, got {eps}")
+    bad = (~torch.isfinite(rewards)).nonzero().tolist()
+    if bad:
+        p, g = bad[0]
+        raise ValueError(f"rewards must be finite, got {rewards[p, g]} at prompt {p}, sample {g}")
+
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    dim = 1 if std == "group" else (0, 1)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = centred - centred.mean(1, keepdim=True)  # the rounding of a mean far from zero
+    spread = (centred if std == "group" else rewards).std(dim, keepdim=True, correction=0)
+    return (centred / (spread + eps)).masked_fill(equal, 0)
+
+
+def partition(advantages: Tensor) -> Tensor:
+    """Eq. 13: G+ = {A > 0} as a boolean (P, G). The others, A <= 0, are G-."""
+    return advantages > 0
+
+
+def weights(advantages: Tensor) -> Tensor:
+    """Eq. 14: w = |A|. (P, G) -> (P, G)."""
+    return advantages.abs()
+
+
+# Eq. 15 -> 16 (Appendix C.2, Eq. 18-20): from whole paths to one timestep.
+# p_theta(x0) is out of reach as well, so Eq. 10 takes the path x_{0:T} that the forward diffusion q
+# makes of x0. A path's log-ratio is a sum over T transitions, that is T times a mean over t
+# (Eq. 19). The means over t and over x_t stand inside -log sigmoid, a convex function; by Jensen's
+# inequality (Eq. 18), moving them outside can only raise the loss. That upper bound (Eq. 16) is
+# what one random t and one x_t a sample estimate without bias.
+
+
+def sample_timesteps(
+    shape: tuple[int, ...],
+    t_min: float = 0.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """t ~ U[t_min, 1], Algorithm 1, line 11.
+
+    t_min > 0 is the Timestep Clip Strategy of Section 3.2. A rollout of few steps has artefacts
+    such as blur in its fine detail, and detail is what the model learns at low noise.
+    Raises ValueError unless 0 <= t_min < 1.
+    """
+    _require(0 <= t_min < 1, f"t_min must be in [0, 1), got {t_min}")
+    return t_min + (1 - t_min) * torch.rand(shape, generator=generator, device=device)
+
+
+def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
+
+    x0: (P, G, ...). eps: (P, 1, ...), shared by the group, or (P, G, ...). t: (P, 1) or (P, G).
+    Returns (P, G, ...). Raises ValueError when eps or t does not broadcast to x0.
+    """
+    P, G = x0.shape[:2]
+    t_fits = tuple(t.shape) in ((P, 1), (P, G))
+    _require(t_fits, f"t must be (P, 1) or (P, G) with (P, G) = {(P, G)}, got {tuple(t.shape)}")
+    eps_fits = tuple(eps.shape) in ((P, 1, *x0.shape[2:]), tuple(x0.shape))
+    _require(eps_fits, f"eps must be x0's {tuple(x0.shape)}, or 1 for G, got {tuple(eps.shape)}")
+    t = t.reshape(*t.shape, *[1] * (x0.ndim - 2))
+    return (1 - t) * x0 + t * eps
+
+
+# Shared noise. Below Eq. 16, the paper shares eps within a group "to reduce the variance". Let C_ij
+# be the covariance of grad L_i and grad L_j under one eps. Then sum_i A_i grad L_i (see Eq. 17) has
+# the variance sum_ij A_i A_j C_ij; with an eps each, only the terms i = j remain. Whatever the C_ij
+# have in common cancels, as sum_j A_j = 0, so sharing helps a pair (G = 2), or when advantages do
+# not follow position. Where samples that are alike (large C_ij) have like advantages, it hurts: in
+# the toy at G = 24 it multiplies the variance by 2 to 5 (tests/test_flow2d.py measures all three).
+
+# Eq. 16 -> 17 (Appendix C.3, Eq. 21, 22): from transitions to the denoising loss.
+# The mean of log p_theta/p_ref over q(x_{t-1} | x_t, x0) is KL(q || p_ref) - KL(q || p_theta)
+# (Eq. 21). All three are Gaussians of one std, eta, whose means differ only in having x0 or f.
+
+
+def lambda_t(alpha_t: Real, sigma_t: Real, alpha_s: Real, sigma_s: Real, eta_s: Real) -> Real:
+    """Eq. 22: lambda_t in KL(q || p_theta) = lambda_t ||x0 - f||^2, s < t being the paper's t - 1.
+
+    1 / (2 eta_s^2) (alpha_s - sqrt(sigma_s^2 - eta_s^2) alpha_t / sigma_t)^2, with the std of the
+    step 0 < eta_s <= sigma_s and sigma_t > 0. Floats, or tensors that broadcast.
+    """
+    kept = (sigma_s**2 - eta_s**2) ** 0.5  # how much of x_t's noise stays in x_s
+    return (alpha_s - kept * alpha_t / sigma_t) ** 2 / (2 * eta_s**2)
+
+
+def _mean_square(velocity: Tensor, goal: Tensor) -> Tensor:
+    shapes = f"{tuple(velocity.shape)} against {tuple(goal.shape)}"
+    _require(velocity.shape == goal.shape, f"velocity must have its target's shape, got {shapes}")
+    return (velocity - goal).square().flatten(2).mean(2)
+
+
+def dsm_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    """L_dsm of Eq. 17 for a flow: (v - (eps - x0))^2, the mean over data axes. -> (P, G).
+
+    velocity, x0: (P, G, ...). eps: (P, 1, ...) or (P, G, ...). The paper has ||f - x0||^2, and that
+    is t^2 ||v - (eps - x0)||^2, as f - x0 = x_t - t v - x0 = t (eps - x0 - v). All released code
+    takes the velocity's error as it is: lambda_t ~ 1/t^2. ValueError on shapes that do not match.
+    """
+    return _mean_square(velocity, eps - x0)
+
+
+# Eq. 17: the loss, and its gradient in one line.
+# With r_theta = -beta (L_theta - L_ref) in Eq. 8 and 9, what counts is by how much more than the
+# reference a model denoises the good samples better than the bad. |A| over G+ minus |A| over G- is
+# A with its sign: a group's loss is -log sigmoid(-beta S) with S = sum_i A_i (L_i - L_i^ref), and
+#     grad L_DGPO = beta sigmoid(beta S) sum_i A_i grad L_i.
+# That is the whole method: denoise good samples, un-denoise bad ones, each by its advantage; and
+# the better the two are told apart (S << 0), the smaller the gate sigmoid(beta S). Note that G+ is
+# taken to win with certainty. So p* of Eq. 5 is no fixed point: like DPO, DGPO widens the gap until
+# the gate closes, sooner for a larger beta.
+
+
+def preference_gap(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor) -> Tensor:
+    """S of Eq. 17, (P, G) -> (P,): below 0 where theta tells G+ from G- better than ref does.
+
+    Raises ValueError unless all three have one shape (P, G).
+    """
+    _require_groups(loss_theta=loss_theta, loss_ref=loss_ref, advantages=advantages)
+    return group_gap(loss_theta - loss_ref, weights(advantages), partition(advantages))
+
+
+def _beta_tensor(beta: Real, like: Tensor) -> Tensor:
+    beta = torch.as_tensor(beta, dtype=like.dtype, device=like.device)
+    _require(((beta > 0) & beta.isfinite()).all(), f"beta must be positive, got {beta.tolist()}")
+    P, shape = len(like), tuple(beta.shape)
+    _require(shape in ((), (P,)), f"beta must be a float or (P,) with P = {P}, got {shape}")
+    return beta
+
+
+def dgpo_loss(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Real) -> Tensor:
+    """Eq. 17 as printed: -log sigmoid(-beta S), the mean over P. Returns a scalar.
+
+    loss_theta, loss_ref: (P, G) of `dsm_loss`. advantages: (P, G). beta > 0 has absorbed lambda_t
+    and T: a float, or (P,), one for each group's t. Raises ValueError on other shapes or beta.
+    """
+    gap = preference_gap(loss_theta, loss_ref, advantages)
+    return -F.logsigmoid(-_beta_tensor(beta, gap) * gap).mean()
+
+
+def group_gate(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Real) -> Tensor:
+    """sigmoid(beta S), (P,), detached: the gate in Eq. 17's gradient. Raises as `dgpo_loss`."""
+    gap = preference_gap(loss_theta, loss_ref, advantages).detach()
+    return torch.sigmoid(_beta_tensor(beta, gap) * gap)
+
+
+# What the released trainer (github.com/Luo-Yihong/DGPO) adds to the paper. All of it is optional.
+
+
+def clip_mask(loss_theta: Tensor, loss_old: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's clip for a model without a likelihood: True (P, G) where the gradient is dropped.
+
+    exp(L_old - L_theta) stands for p_theta / p_old. A good sample (A > 0) is dropped once the
+    ratio exceeds 1 + clip, a bad one once it is under 1 - clip: it has then moved far enough.
+    Raises ValueError unless the first three have one shape (P, G) and clip >= 0.
+    """
+    _require_groups(loss_theta=loss_theta, loss_old=loss_old, advantages=advantages)
+    _require(clip >= 0, f"clip must be at least 0, got {clip}")
+    ratio = (loss_old - loss_theta).exp()
+    return torch.where(partition(advantages), ratio > 1 + clip, ratio < 1 - clip)
+
+
+def kl_penalty(velocity: Tensor, velocity_ref: Tensor) -> Tensor:
+    """(v - v_ref)^2, the mean over data axes: (P, G, ...) -> (P, G). ValueError on other shapes.
+
+    KL(p_ref || p_theta) of one step up to lambda_t t^2: Eq. 22 with f_ref in the place of x0.
+    """
+    return _mean_square(velocity, velocity_ref)
+
+
+@torch.no_grad()
+def ema_update(ema_params: Iterable[Tensor], params: Iterable[Tensor], decay: float) -> None:
+    """theta^- <- mu theta^- + (1 - mu) theta in place, mu = decay. Algorithm 1, line 15.
+
+    Raises ValueError unless 0 <= decay <= 1, and when there are not as many of one as of the other.
+    """
+    _require(0 <= decay <= 1, f"decay must be in [0, 1], got {decay}")
+    for averaged, current in zip(ema_params, params, strict=True):
+        averaged.lerp_(current, 1 - decay)
+
+
+# Section 3.2, "Efficient Sampling and Learning": no policy gradient, hence no likelihood of a
+# trajectory, hence no noise in it. Samples come from an ODE solver.
+
+
+@torch.no_grad()
+def sample_ode(
+    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, solver: str = "dpm++"
+) -> Tensor:
+    """Integrate dx/dt = v(x, t) from noise at t = 1 to x0 at t = 0, in equal steps of t.
+
+    velocity: (x, t ()) -> v. x, v and noise have one shape, whichever. solver: "euler" (order 1),
+    "heun" (order 2, two evaluations a step) or "dpm++", the paper's (DPM-Solver++(2M) of Lu et al.
+    2022b, order 2, one evaluation a step). Raises ValueError on another solver or steps < 1.
+    """
+    _require(steps >= 1, f"steps must be at least 1, got {steps}")
+    solvers = ("euler", "heun", "dpm++")
+    _require(solver in solvers, f"solver must be one of {', '.join(solvers)}, got {solver!r}")
+    dtype = torch.promote_types(noise.dtype, torch.float32)
+    times = torch.linspace(1, 0, steps + 1, dtype=dtype, device=noise.device)
+    log_snr = ((1 - times) / times).log()  # lambda = log(alpha_t / sigma_t), from -inf to inf
+    x, f_before = noise, None
+    for i in range(steps):
+        t, s = times[i], times[i + 1]
+        v = velocity(x, t)
+        if solver == "euler":
+            x = x + (s - t) * v
+        elif solver == "heun":
+            x = x + (s - t) * (v + velocity(x + (s - t) * v, s)) / 2
+        else:
+            # x_s = (s/t) x_t + (1 - s/t) f is exact for a constant f. Order 2 takes f from half-way
+            # in lambda, by a line through the last two; the last step's lambda has no half-way.
+            f = f_half = x - t * v
+            if 0 < i < steps - 1:
+                ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
+                f_half = f + ratio / 2 * (f - f_before)
+            x, f_before = s / t * x + (1 - s / t) * f_half, f
+    return x
+
+
+# Eq. 17 for a group that does not fit in memory.
+# The sigmoid couples a group: no sample's gradient is known before S, a sum over all of them. But
+# the gradient needs S only in the gate, which is a number. So first S, by forwards that keep no
+# graph; then sum_i k_i grad L_i with the known k_i = beta sigmoid(beta S) A_i / P. That is a plain
+# sum over samples, taken one micro-batch at a time, and it is the gradient of Eq. 17 exactly.
+
+
+def backward_group_loss(
+    velocity: Velocity,
+    velocity_ref: Velocity,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    advantages: Tensor,
+    beta: Real,
+    *,
+    scale: float = 1.0,
+    kl: float = 0.0,
+    clip: float | None = None,
+    velocity_old: Velocity | None = None,
+    micro_batch: int | None = None,
+) -> dict[str, Tensor]:
+    """Add the gradient of scale * dgpo_loss + kl * mean of kl_penalty to theta's .grad.
+
+    velocity, velocity_ref, velocity_old: theta, ref and old, without dropout: equal input must give
+    equal v. x0, eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows. advantages, beta:
+    as in `dgpo_loss`.
+    scale: 1/beta leaves beta to shape the gate and not the step, as the released trainer does.
+    clip: drop what `clip_mask` says, against velocity_old; the gate still sees the whole group.
+    micro_batch: most samples to a forward and backward, by default all. The result does not depend
+    on it; below G it costs another forward of theta.
+    Returns, detached: loss () of Eq. 17, gap S and gate (P,), kl () and clipped (), a share.
+    Raises ValueError on shapes that do not match and values out of range.
+    """
+    P, G = advantages.shape
+    _require(x0.shape[:2] == (P, G), f"x0 must start with (P, G) = {(P, G)}, got {tuple(x0.shape)}")
+    _require(kl >= 0, f"kl must be at least 0, got {kl}")
+    _require((clip is None) == (velocity_old is None), "clip and velocity_old need each other")
+    micro_batch = P * G if micro_batch is None else micro_batch
+    _require(micro_batch >= 1, f"micro_batch must be at least 1, got {micro_batch}")
+    beta = _beta_tensor(beta, advantages).expand(P)
+    x_t = diffuse(x0, eps, t).flatten(0, 1)  # (P * G, ...), one sample after another
+    x0, eps = x0.flatten(0, 1), eps.expand_as(x0).flatten(0, 1)
+    t = t.expand(P, G).flatten()
+    prompt = torch.arange(P, device=x0.device).repeat_interleave(G)
+
+    def evaluate(model: Velocity, rows: slice) -> tuple[Tensor, Tensor]:
+        v = model(x_t[rows], t[rows], prompt[rows])
+        return v, dsm_loss(v[None], x0[None, rows], eps[None, rows])[0]
+
+    def by_group(evaluated: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.cat([loss.detach() for _, loss in evaluated]).view(-1, G)
+
+    figures = {name: [] for name in ("gap", "gate", "kl", "clipped")}
+    block = max(1, micro_batch // G)  # as many groups as fit whole, or one that does not
+    for p in range(0, P, block):
+        A, b, end = advantages[p : p + block], beta[p : p + block], min(p + block, P) * G
+        batches = [slice(i, min(i + micro_batch, end)) for i in range(p * G, end, micro_batch)]
+        whole = len(batches) == 1
+        with torch.no_grad():
+            ref = [evaluate(velocity_ref, rows) for rows in batches]
+            old = [evaluate(velocity_old, rows) for rows in batches] if velocity_old else None
+        with torch.set_grad_enabled(whole):
+            new = [evaluate(velocity, rows) for rows in batches]
+        gate = group_gate(by_group(new), by_group(ref), A, b)
+        drop = clip_mask(by_group(new), by_group(old), A, clip) if old else torch.zeros_like(A) > 0
+        k = (scale / P * (b * gate)[:, None] * A).masked_fill(drop, 0)
+        for rows, k_rows, (v, loss), (v_ref, _) in zip(
+            batches, k.flatten().split(micro_batch), new, ref, strict=True
+        ):
+            if not whole:
+                v, loss = evaluate(velocity, rows)
+            penalty = kl_penalty(v[None], v_ref[None])[0]
+            ((k_rows * loss).sum() + kl * penalty.sum() / (P * G)).backward()
+            figures["kl"].append(penalty.detach())
+        figures["gap"].append(preference_gap(by_group(new), by_group(ref), A))
+        figures["gate"].append(gate)
+        figures["clipped"].append(drop.float())
+
+    gap, gate, penalty, drop = (torch.cat(parts) for parts in figures.values())
+    loss = -F.logsigmoid(-beta * gap).mean()
+    return {"loss": loss, "gap": gap, "gate": gate, "kl": penalty.mean(), "clipped": drop.mean()}
+
+
+def train(
+    model: nn.Module,
+    reward: Callable[[Tensor, Tensor], Tensor],
+    sample_conditions: Callable[[int, torch.Generator], Tensor],
+    data_shape: tuple[int, ...],
+    generator: torch.Generator,
+    *,
+    iterations: int,
+    prompts: int,
+    group_size: int,
+    beta: float,
+    learning_rate: float,
+    t_min: float,
+    rollout_steps: int,
+    train_timesteps: int = 1,
+    kl: float = 0.0,
+    clip: float | None = None,
+    ema: float | None = None,
+    offline: bool = False,
+) -> Iterator[dict[str, float]]:
+    """Algorithm 1. Trains `model` in place; yields the figures of each iteration when it is done.
+
+    model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
+    reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: all randomness is its.
+    beta: in the released trainer's units, where S is a mean over the group and the loss is divided
+    by beta, so that neither G nor beta sets the size of a step. kl, clip: as in
+    `backward_group_loss`. ema: the decay of theta^-, or None for theta^- = theta (then nothing is
+    ever clipped). offline: all samples come from the reference (Section 4.3).
+    """
+    P, G, K = prompts, group_size, train_timesteps
+    reference = copy.deepcopy(model).requires_grad_(False)  # "Require: reference model f_ref"
+    old = model if ema is None else copy.deepcopy(reference)  # theta^-
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
+
+    def conditioned(network: nn.Module, c: Tensor) -> Velocity:
+        return lambda x, t, p: network(x, t, c[p])
+
+    def rollout(network: nn.Module, c: Tensor) -> Tensor:
+        noise = torch.randn(P * G, *data_shape, generator=generator, device=generator.device)
+        c = c.repeat_interleave(G)
+        x0 = sample_ode(lambda x, t: network(x, t.expand(P * G), c), noise, rollout_steps)
+        return x0.view(P, G, *data_shape)
+
+    for _ in range(iterations):  # line 1
+        c = sample_conditions(P, generator)  # line 3
+        x0 = rollout(reference if offline else old, c)  # line 4
+        rewards = reward(c[:, None], x0)  # line 6
+        advantages = group_advantages(rewards)  # line 7
+        # Lines 8 to 13 for K timesteps at once: K * P groups, with one t and one eps for each.
+        t = sample_timesteps((K * P, 1), t_min, generator, generator.device)
+        eps = torch.randn(K * P, 1, *data_shape, generator=generator, device=generator.device)
+        optimizer.zero_grad()
+        figures = backward_group_loss(
+            conditioned(model, c.repeat(K)),
+            conditioned(reference, c.repeat(K)),
+            torch.cat([x0] * K),
+            eps,
+            t,
+            advantages.repeat(K, 1),
+            beta / G,  # Eq. 17's beta, for a sum over the group
+            scale=1 / beta,
+            kl=kl,
+            clip=clip,
+            velocity_old=None if clip is None else conditioned(old, c.repeat(K)),
+        )
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()  # line 14
+        if ema is not None:
+            ema_update(old.parameters(), model.parameters(), ema)  # line 15
+        figures = {"reward": rewards, "grad_norm": grad_norm, **figures}
+        yield {name: value.mean().item() for name, value in figures.items()}
