@@ -324,8 +324,8 @@ def backward_group_loss(
     """Add the gradient of scale * dgpo_loss + kl * mean of kl_penalty to theta's .grad.
 
     velocity, velocity_ref, velocity_old: theta, ref and old, without dropout: equal input must give
-    equal v. x0, eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows. advantages, beta:
-    as in `dgpo_loss`.
+    equal v. x0, eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows.
+    advantages, beta: as in `dgpo_loss`.
     scale: 1/beta leaves beta to shape the gate and not the step, as the released trainer does.
     clip: drop what `clip_mask` says, against velocity_old; the gate still sees the whole group.
     micro_batch: most samples to a forward and backward, by default all. The result does not depend
@@ -333,6 +333,7 @@ def backward_group_loss(
     Returns, detached: loss () of Eq. 17, gap S and gate (P,), kl () and clipped (), a share.
     Raises ValueError on shapes that do not match and values out of range.
     """
+    _require(advantages.ndim == 2, f"advantages must be (P, G), got {tuple(advantages.shape)}")
     P, G = advantages.shape
     _require(x0.shape[:2] == (P, G), f"x0 must start with (P, G) = {(P, G)}, got {tuple(x0.shape)}")
     _require(kl >= 0, f"kl must be at least 0, got {kl}")

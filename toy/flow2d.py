@@ -190,7 +190,7 @@ def sample(model: nn.Module, c: Tensor, noise: Tensor, steps: int = 10) -> Tenso
 
 
 def on_mode_share(x: Tensor) -> float:
-    """Share of points (N, 2) within 3 STD of a mode's centre. The data's is 1 - exp(-4.5) = 0.989."""
+    """Share of points (N, 2) within 3 STD of a mode's centre: 1 - exp(-4.5) = 0.989 of the data."""
     return (torch.cdist(x, mode_centers(x.dtype)).amin(1) < 3 * STD).float().mean().item()
 
 

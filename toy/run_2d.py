@@ -144,10 +144,9 @@ def report_z(group_size: int, generator: torch.Generator) -> None:
         f"{'':12}{'weights |A|, Eq. 14':^30}   {'equal weights':^42}\n"
         " c   log Z      with   without     diff         with   without      diff  predicted"
     )
-    for i, (z, a, b, d, e, f, g, h) in enumerate(torch.stack(columns, 1).tolist()):
-        print(
-            f"{i:>2}{z:8.3f}{a:>10.4f}{b:>10.4f}{d:>9.0e}   {e:>10.4f}{f:>10.4f}{g:>10.4f}{h:>11.4f}"
-        )
+    layout = "{:>2}{:8.3f}{:>10.4f}{:>10.4f}{:>9.0e}   {:>10.4f}{:>10.4f}{:>10.4f}{:>11.4f}"
+    for i, row in enumerate(torch.stack(columns, 1).tolist()):
+        print(layout.format(i, *row))
 
 
 def world_axes(axes: Axes, title: str) -> None:
@@ -178,7 +177,7 @@ def reward_axes(axes: Axes, base: float, iterations: int) -> None:
 
 
 def moving_picture(base: float, iterations: int) -> tuple[Figure, Callable[..., list[Artist]]]:
-    """A figure for the GIF or the window, and what brings it to iteration n and lists what moved."""
+    """A figure for the GIF or the window, and what brings it to a stage and lists what moved."""
     figure, (world, curve) = plt.subplots(1, 2, figsize=(8, 4), dpi=80, layout="constrained")
     world_axes(world, " ")
     reward_axes(curve, base, iterations)

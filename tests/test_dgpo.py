@@ -1,0 +1,670 @@
+"""The paper's claims about the method, one test a claim."""
+
+import copy
+import math
+
+import flow2d
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
+
+import dgpo
+
+F64 = torch.float64
+
+
+def normal(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def reward_groups(kind, P, G, dtype, seed=0):
+    rewards = normal(P, G, seed=seed)
+    if kind == "heavy-tailed":
+        rewards = rewards / normal(P, G, seed=seed + 1)  # Cauchy
+    elif kind == "outlier":
+        rewards[:, 0] = 1e3
+    elif kind == "ties":
+        rewards = rewards.round()
+    elif kind == "far from zero":
+        rewards = rewards + 1e4
+    return rewards.to(dtype)
+
+
+KINDS = ("normal", "heavy-tailed", "outlier", "ties", "far from zero")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_both_sides_are_equal(kind, std, dtype):
+    """Section 3.2: sum_{G+} w = sum_{G-} w, because advantages sum to zero."""
+    for G in (2, 3, 8, 24, 256):
+        for scale in (1e-6, 1.0, 1e6):
+            rewards = reward_groups(kind, 5, G, dtype, seed=G) * scale
+            advantages = dgpo.group_advantages(rewards, std)
+            w, positive = dgpo.weights(advantages), dgpo.partition(advantages)
+            good, bad = (w * positive).sum(1), (w * ~positive).sum(1)
+            rounding = 4 * torch.finfo(dtype).eps * w.sum(1)
+            assert ((good - bad).abs() <= rounding).all(), (G, scale, good - bad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advantages_are_bounded_and_standardised(kind):
+    """Eq. 12 with the population's std: mean 0, std 1, and |A| <= sqrt(G - 1)."""
+    for G in (2, 3, 24, 256):
+        A = dgpo.group_advantages(reward_groups(kind, 5, G, F64, seed=G))
+        unequal = A.abs().sum(1) > 0
+        assert (A.abs() <= math.sqrt(G - 1) * (1 + 1e-12)).all()
+        assert A[unequal].square().mean(1).numpy() == pytest.approx(1, abs=1e-12)
+    lone = torch.zeros(1, 24, dtype=F64)
+    lone[0, 3] = 1
+    assert dgpo.group_advantages(lone)[0, 3].item() == pytest.approx(math.sqrt(23))
+
+
+def test_advantages_ignore_shift_and_scale_of_the_rewards():
+    rewards = normal(6, 24)
+    for std in ("group", "batch"):
+        torch.testing.assert_close(
+            dgpo.group_advantages(3.7 * rewards - 250, std), dgpo.group_advantages(rewards, std)
+        )
+
+
+def test_batch_std_divides_all_groups_by_one_number():
+    rewards = torch.tensor([[0.0, 2.0], [10.0, 30.0]], dtype=F64)
+    spread = math.sqrt((10.5**2 + 8.5**2 + 0.5**2 + 19.5**2) / 4)
+    expected = torch.tensor([[-1.0, 1.0], [-10.0, 10.0]], dtype=F64) / spread
+    torch.testing.assert_close(dgpo.group_advantages(rewards, "batch"), expected)
+
+
+def test_eps_is_added_to_the_std():
+    rewards = torch.tensor([[0.0, 2.0]], dtype=F64)
+    assert dgpo.group_advantages(rewards, eps=3.0).tolist() == [[-0.25, 0.25]]
+
+
+def test_partition_puts_average_samples_in_the_bad_set():
+    """Eq. 13: A = 0 belongs to G-."""
+    A = torch.tensor([[1.5, 0.0, -1.5, 1e-30]])
+    assert dgpo.partition(A).tolist() == [[True, False, False, True]]
+    assert dgpo.weights(A).tolist() == [[1.5, 0.0, 1.5, pytest.approx(1e-30)]]
+    assert not dgpo.partition(dgpo.group_advantages(torch.full((2, 5), 0.3))).any()
+
+
+def test_z_cancels_under_balanced_weights_only():
+    """Eq. 11: the loss does not see beta log Z(c) iff sum_{G+} w = sum_{G-} w."""
+    implicit, A = normal(7, 24), dgpo.group_advantages(normal(7, 24, seed=1))
+    beta_log_z = 30 * normal(7, 1, seed=2)
+    positive = dgpo.partition(A)
+
+    def loss(implicit_reward, w):
+        return -F.logsigmoid(dgpo.group_gap(implicit_reward, w, positive))
+
+    w = dgpo.weights(A)
+    torch.testing.assert_close(loss(implicit + beta_log_z, w), loss(implicit, w))
+
+    for w in (torch.ones_like(A), A.square()):
+        unbalanced = (w * positive).sum(1) - (w * ~positive).sum(1)
+        assert unbalanced.abs().max() > 1
+        predicted = dgpo.group_gap(implicit, w, positive) + unbalanced * beta_log_z[:, 0]
+        torch.testing.assert_close(loss(implicit + beta_log_z, w), -F.logsigmoid(predicted))
+        assert not torch.allclose(loss(implicit + beta_log_z, w), loss(implicit, w))
+
+
+def test_clipping_advantages_breaks_the_cancellation():
+    """Why no function here clips advantages: beyond G = 26 a clip at 5 unbalances the weights."""
+    rewards = torch.zeros(1, 64, dtype=F64)
+    rewards[0, 0] = 1
+    A = dgpo.group_advantages(rewards)
+    assert A.max() > 5
+    assert A.sum().abs() < 1e-12 < A.clamp(-5, 5).sum().abs()
+
+
+def random_step(n, seed):
+    """A step t -> s of a random schedule, and x0, f and x_t to take it from."""
+    g = torch.Generator().manual_seed(seed)
+    alpha_t, sigma_t, alpha_s, sigma_s, share = (
+        0.05 + 0.9 * torch.rand(n, generator=g, dtype=F64) for _ in range(5)
+    )
+    return alpha_t, sigma_t, alpha_s, sigma_s, share * sigma_s
+
+
+def posterior(x0, x_t, alpha_t, sigma_t, alpha_s, sigma_s, eta_s):
+    """q(x_{t-1} | x_t, x0) of Appendix C.3; with f for x0, p_theta(x_{t-1} | x_t)."""
+    mean = alpha_s * x0 + (sigma_s**2 - eta_s**2).sqrt() * (x_t - alpha_t * x0) / sigma_t
+    return Normal(mean, eta_s)
+
+
+def test_eq22_the_gaussian_kl_is_lambda_t_times_the_squared_error():
+    x0, f, x_t = normal(200, 3), normal(200, 3, seed=1), normal(200, 3, seed=2)
+    step = random_step(200, seed=3)
+    columns = [value[:, None] for value in step]
+    kl = kl_divergence(posterior(x0, x_t, *columns), posterior(f, x_t, *columns)).sum(1)
+    torch.testing.assert_close(kl, dgpo.lambda_t(*step) * (x0 - f).square().sum(1))
+    assert dgpo.lambda_t(0.5, 0.5, 0.6, 0.4, 0.4) == pytest.approx(0.6**2 / (2 * 0.4**2))
+
+
+def test_eq21_built_from_gaussian_kls_equals_eq17():
+    P, G, D, T, beta = 5, 8, 3, 10, 0.3
+    x0, f, f_ref = normal(P, G, D), normal(P, G, D, seed=1), normal(P, G, D, seed=2)
+    x_t = normal(P, G, D, seed=3)
+    step = random_step(P, seed=4)  # one t a group
+    columns = [value[:, None, None] for value in step]
+    q, p, p_ref = (posterior(mean, x_t, *columns) for mean in (x0, f, f_ref))
+    kl = (kl_divergence(q, p) - kl_divergence(q, p_ref)).sum(2)
+    A = dgpo.group_advantages(normal(P, G, seed=5))
+    w, positive = A.abs(), A > 0
+    eq21 = -F.logsigmoid(
+        -beta * T * ((w * kl * positive).sum(1) - (w * kl * ~positive).sum(1))
+    ).mean()
+
+    losses = ((x0 - prediction).square().sum(2) for prediction in (f, f_ref))
+    eq17 = dgpo.dgpo_loss(*losses, A, beta=beta * T * dgpo.lambda_t(*step))
+    torch.testing.assert_close(eq21, eq17)
+
+
+def test_error_in_x0_is_t_squared_times_error_in_velocity():
+    x0, eps, v = normal(4, 6, 5), normal(4, 1, 5, seed=1), normal(4, 6, 5, seed=2)
+    t = dgpo.sample_timesteps((4, 1), generator=torch.Generator().manual_seed(0)).double()
+    f = dgpo.diffuse(x0, eps, t) - t[..., None] * v
+    torch.testing.assert_close((f - x0).square().mean(2), t.square() * dgpo.dsm_loss(v, x0, eps))
+
+
+def test_eq17_by_hand():
+    """One group, A = (1, -1/2, -1/2), beta = 2: S = 1 * 0.3 - 0.5 * 0.1 + 0.5 * 0.2 = 0.35."""
+    loss_theta, loss_ref = torch.tensor([[1.3, 0.6, 0.4]]), torch.tensor([[1.0, 0.5, 0.6]])
+    A = torch.tensor([[1.0, -0.5, -0.5]])
+    assert dgpo.preference_gap(loss_theta, loss_ref, A).item() == pytest.approx(0.35)
+    loss = dgpo.dgpo_loss(loss_theta, loss_ref, A, beta=2.0)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(0.7)))
+    gate = dgpo.group_gate(loss_theta, loss_ref, A, beta=2.0)
+    assert gate.tolist() == [pytest.approx(1 / (1 + math.exp(-0.7)))]
+
+
+def test_eq17_averages_over_prompts_and_takes_a_beta_for_each():
+    loss_theta, loss_ref = normal(3, 4).abs(), normal(3, 4, seed=1).abs()
+    A, beta = dgpo.group_advantages(normal(3, 4, seed=2)), torch.tensor([0.1, 1.0, 7.0], dtype=F64)
+    one_by_one = [
+        dgpo.dgpo_loss(loss_theta[i, None], loss_ref[i, None], A[i, None], beta[i].item())
+        for i in range(3)
+    ]
+    torch.testing.assert_close(
+        dgpo.dgpo_loss(loss_theta, loss_ref, A, beta), torch.stack(one_by_one).mean()
+    )
+
+
+def test_jensen_eq15_is_at_most_eq16():
+    """-log sigmoid of the mean over (t, x_t) is below the mean of -log sigmoid, by Monte Carlo."""
+    P, G, draws = 4, 8, 20_000
+    x0 = normal(P, G, 2)
+    A = dgpo.group_advantages(normal(P, G, seed=1))
+    t, eps = torch.rand(draws, P, 1, dtype=F64), normal(draws, P, 1, 2, seed=2)
+    x_t = (1 - t[..., None]) * x0 + t[..., None] * eps
+    # Two arbitrary denoisers; the inequality holds for any.
+    f, f_ref = torch.tanh(2 * x_t - 1), 0.5 * x_t
+    ratio = (f_ref - x0).square().sum(-1) - (f - x0).square().sum(-1)
+    implicit = (A * ratio).sum(-1)  # (draws, P)
+    for beta in (0.1, 1.0, 10.0):
+        eq15 = -F.logsigmoid(beta * implicit.mean(0)).mean()
+        eq16 = -F.logsigmoid(beta * implicit).mean()
+        assert eq15 < eq16
+
+
+def test_loss_is_log_2_at_the_reference_and_falls_as_the_gap_widens():
+    A = dgpo.group_advantages(normal(1, 8))
+    loss_ref = normal(1, 8, seed=1).abs()
+    assert dgpo.dgpo_loss(loss_ref, loss_ref, A, 5.0).item() == pytest.approx(
+        math.log(2), abs=1e-15
+    )
+
+    # Moving L by -d A moves S by -8 d, as sum A^2 = G = 8.
+    widening = torch.linspace(-4, 4, 81, dtype=F64)
+    loss = torch.stack([dgpo.dgpo_loss(loss_ref - d * A, loss_ref, A, 1.0) for d in widening])
+    assert (loss > 0).all() and (loss.diff() < 0).all()
+    assert loss[-1].item() < 1e-13
+    assert loss[0].item() == pytest.approx(32, rel=1e-12)  # beta |S|
+
+    for dtype in (torch.float32, F64):
+        extreme = torch.tensor([[1e6, 0.0]], dtype=dtype)
+        A = torch.tensor([[1.0, -1.0]], dtype=dtype)
+        zero = torch.zeros_like(extreme)
+        assert dgpo.dgpo_loss(extreme, zero, A, 100.0).item() == pytest.approx(1e8)
+        assert dgpo.dgpo_loss(zero, extreme, A, 100.0).item() == 0
+
+
+def test_gradient_is_gate_times_advantage_weighted_denoising():
+    """grad = beta sigmoid(beta S) sum_i A_i grad L_i / P, against autograd and differences."""
+    P, G, beta = 3, 6, 1.7
+    loss_theta = normal(P, G).abs().requires_grad_()
+    loss_ref, A = normal(P, G, seed=1).abs(), dgpo.group_advantages(normal(P, G, seed=2))
+    (gradient,) = torch.autograd.grad(dgpo.dgpo_loss(loss_theta, loss_ref, A, beta), loss_theta)
+    gate = dgpo.group_gate(loss_theta, loss_ref, A, beta)
+    assert not gate.requires_grad
+    torch.testing.assert_close(gradient, beta * gate[:, None] * A / P)
+    assert torch.autograd.gradcheck(lambda x: dgpo.dgpo_loss(x, loss_ref, A, beta), loss_theta)
+
+
+class Tiny(torch.nn.Module):
+    """A velocity for 3-D data with a condition for each prompt, in float64."""
+
+    def __init__(self, seed, P):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        ).double()
+        self.condition = torch.nn.Parameter(normal(P, 3, seed=seed))
+
+    def forward(self, x, t, p):
+        return self.layers(torch.cat([x, t[:, None]], 1)) + self.condition[p]
+
+    def gradient(self):
+        found = torch.cat([parameter.grad.flatten() for parameter in self.parameters()])
+        self.zero_grad()
+        return found
+
+
+def group_problem(P=3, G=4):
+    theta, ref, old = (Tiny(seed, P) for seed in (0, 1, 2))
+    x0, eps = normal(P, G, 3), normal(P, 1, 3, seed=1)
+    t = torch.tensor([[0.3], [0.6], [0.9]], dtype=F64)[:P]
+    return theta, ref, old, x0, eps, t, dgpo.group_advantages(normal(P, G, seed=2))
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_micro_batches_give_the_gradient_of_the_whole(kl, clip):
+    """backward_group_loss against autograd through Eq. 17, at every size of micro-batch."""
+    theta, ref, old, x0, eps, t, A = group_problem()
+    P, G = A.shape
+    beta, scale = torch.tensor([0.5, 2.0, 9.0], dtype=F64), 0.7
+
+    x_t, p = dgpo.diffuse(x0, eps, t).flatten(0, 1), torch.arange(P).repeat_interleave(G)
+    v, v_ref, v_old = (
+        model(x_t, t.expand(P, G).flatten(), p).view(P, G, 3) for model in (theta, ref, old)
+    )
+    loss, loss_ref, loss_old = (dgpo.dsm_loss(u, x0, eps) for u in (v, v_ref.detach(), v_old))
+    preference = dgpo.dgpo_loss(loss, loss_ref, A, beta)
+    dropped = torch.zeros_like(A, dtype=torch.bool)
+    if clip is not None:  # a dropped sample is a constant in the loss, but stays in the sum
+        dropped = dgpo.clip_mask(loss, loss_old, A, clip)
+        assert 0 < dropped.sum() < P * G
+        preference = dgpo.dgpo_loss(torch.where(dropped, loss.detach(), loss), loss_ref, A, beta)
+    (scale * preference + kl * dgpo.kl_penalty(v, v_ref.detach()).mean()).backward()
+    expected = theta.gradient()
+
+    for micro_batch in (None, *range(1, P * G + 1)):
+        seen = []
+        figures = dgpo.backward_group_loss(
+            lambda *args, seen=seen: seen.append(len(args[0])) or theta(*args),
+            ref,
+            x0,
+            eps,
+            t,
+            A,
+            beta,
+            scale=scale,
+            kl=kl,
+            clip=clip,
+            velocity_old=None if clip is None else old,
+            micro_batch=micro_batch,
+        )
+        torch.testing.assert_close(theta.gradient(), expected, rtol=1e-10, atol=1e-13)
+        assert max(seen) <= (micro_batch or P * G)
+        assert sum(seen) == P * G * (1 if micro_batch is None or micro_batch >= G else 2)
+        torch.testing.assert_close(
+            figures["loss"], dgpo.dgpo_loss(loss, loss_ref, A, beta).detach()
+        )
+        torch.testing.assert_close(figures["gap"], dgpo.preference_gap(loss, loss_ref, A).detach())
+        torch.testing.assert_close(figures["gate"], dgpo.group_gate(loss, loss_ref, A, beta))
+        torch.testing.assert_close(figures["kl"], dgpo.kl_penalty(v, v_ref).mean().detach())
+        assert figures["clipped"].item() == pytest.approx(dropped.double().mean().item())
+
+
+def test_groups_of_two_are_diffusion_dpo():
+    """Wallace et al.: -log sigmoid(-beta/2 [(L_w - L_w^ref) - (L_l - L_l^ref)]), at 2 beta.
+
+    At G = 2 the advantages are +1 and -1 whatever the rewards: only the factor 1/2 differs.
+    """
+    loss_theta, loss_ref, rewards = normal(50, 2), normal(50, 2, seed=1), normal(50, 2, seed=2)
+    winner = rewards.argmax(1, keepdim=True)
+    theta_w, ref_w = loss_theta.gather(1, winner), loss_ref.gather(1, winner)
+    theta_l, ref_l = loss_theta.gather(1, 1 - winner), loss_ref.gather(1, 1 - winner)
+    beta = 0.8
+    dpo = -F.logsigmoid(-2 * beta / 2 * ((theta_w - ref_w) - (theta_l - ref_l))).mean()
+    ours = dgpo.dgpo_loss(loss_theta, loss_ref, dgpo.group_advantages(rewards), beta)
+    torch.testing.assert_close(ours, dpo)
+
+
+@pytest.mark.parametrize("std", ["group", "batch"])
+def test_a_group_of_equal_rewards_teaches_nothing(std):
+    theta, ref, _, x0, eps, t, _ = group_problem()
+    rewards = normal(3, 4, seed=5)
+    rewards[1] = 0.1 + 0.2  # whose mean over 4 is rounded
+    A = dgpo.group_advantages(rewards, std)
+    assert (A[1] == 0).all() and A.isfinite().all()
+
+    dgpo.backward_group_loss(theta, ref, x0, eps, t, A, 2.0)
+    together = theta.gradient()
+    dgpo.backward_group_loss(theta, ref, x0[1:2], eps[1:2], t[1:2], A[1:2], 2.0)
+    assert (theta.gradient() == 0).all()
+    for p in (0, 2):
+
+        def shifted(x, t, _, p=p):
+            return theta(x, t, torch.full((len(x),), p))
+
+        def shifted_ref(x, t, _, p=p):
+            return ref(x, t, torch.full((len(x),), p))
+
+        rows = slice(p, p + 1)
+        dgpo.backward_group_loss(
+            shifted, shifted_ref, x0[rows], eps[rows], t[rows], A[rows], 2.0, scale=1 / 3
+        )
+        together = together - theta.gradient()
+    assert together.abs().max() < 1e-12
+    assert (dgpo.group_advantages(torch.full((2, 3), 7.0), std) == 0).all()
+
+
+def variance_ratios(theta, reference, G, t, follow, groups, draws=60):
+    """Variance over eps if shared, over that if not: of S, and of sum_i A_i grad L_i.
+
+    Summed over groups. follow: A from the samples' own rewards, else from the same ones shuffled.
+    """
+    g = torch.Generator().manual_seed(1)
+    totals = torch.zeros(2, 2, dtype=F64)  # shared or not x S or gradient
+    for _ in range(groups):
+        c = flow2d.sample_conditions(1, g)
+        each_c, each_t = c.expand(G), torch.full((G,), t)
+        x0 = flow2d.sample(reference, each_c, torch.randn(G, 2, generator=g))[None]
+        order = slice(None) if follow else torch.randperm(G, generator=g)
+        A = dgpo.group_advantages(flow2d.reward(c[:, None], x0)[:, order])
+        for row, members in enumerate((1, G)):
+            gaps, gradients = [], []
+            for _ in range(draws):
+                eps = torch.randn(1, members, 2, generator=g)
+                x_t = dgpo.diffuse(x0, eps, torch.tensor([[t]]))[0]
+                loss, loss_ref = (
+                    dgpo.dsm_loss(model(x_t, each_t, each_c)[None], x0, eps)
+                    for model in (theta, reference)
+                )
+                gaps.append(dgpo.preference_gap(loss.detach(), loss_ref, A))
+                gradient = torch.autograd.grad((A * loss).sum(), list(theta.parameters()))
+                gradients.append(torch.cat([part.flatten() for part in gradient]))
+            totals[row] += torch.stack([torch.cat(gaps).var(), torch.stack(gradients).var(0).sum()])
+    return (totals[0] / totals[1]).tolist()
+
+
+TIMES = (0.3, 0.6, 0.9)
+
+
+@pytest.fixture(scope="module")
+def theta(reference):
+    """A policy on its way: 40 iterations of DGPO from the reference."""
+    model = copy.deepcopy(reference).requires_grad_(True)
+    for _ in toy_training(model, iterations=40):
+        pass
+    return model
+
+
+def toy_training(model, seed=0, **settings):
+    settings = {
+        "prompts": 16,
+        "group_size": 24,
+        "beta": 1.0,
+        "learning_rate": 1.5e-3,
+        "t_min": 0.2,
+        "rollout_steps": 10,
+        "train_timesteps": 2,
+        "kl": 0.01,
+        **settings,
+    }
+    generator = torch.Generator().manual_seed(seed)
+    return dgpo.train(model, flow2d.reward, flow2d.sample_conditions, (2,), generator, **settings)
+
+
+def test_shared_noise_steadies_a_pair(theta, reference):
+    """Below Eq. 16: sharing eps reduces the variance. At G = 2 it does, of S and the gradient."""
+    ratios = [variance_ratios(theta, reference, 2, t, follow=True, groups=8) for t in TIMES]
+    assert all(ratio < 1 for pair in ratios for ratio in pair), ratios
+    assert max(sum(column) / len(TIMES) for column in zip(*ratios, strict=True)) < 0.75, ratios
+
+
+def test_shared_noise_unsettles_a_group_whose_advantages_follow_position(theta, reference):
+    """Against the paper's remark: at G = 24 sharing raises the variance of both."""
+    ratios = [variance_ratios(theta, reference, 24, t, follow=True, groups=6) for t in TIMES]
+    assert all(gradient > 1.3 for _, gradient in ratios), ratios
+    assert sum(gap for gap, _ in ratios) / len(TIMES) > 1.2, ratios
+
+
+def test_shared_noise_steadies_a_group_whose_advantages_do_not(theta, reference):
+    """The explanation in dgpo.py: the same groups with their rewards shuffled gain by sharing."""
+    ratios = [variance_ratios(theta, reference, 24, t, follow=False, groups=6) for t in TIMES]
+    assert max(sum(column) / len(TIMES) for column in zip(*ratios, strict=True)) < 0.8, ratios
+
+
+def test_no_timestep_below_t_min():
+    for t_min in (0.0, 0.3, 0.9):
+        t = dgpo.sample_timesteps((100_000,), t_min, torch.Generator().manual_seed(0))
+        assert t_min <= t.min().item() + 1e-7 and t.max() <= 1
+        assert t.mean().item() == pytest.approx((1 + t_min) / 2, abs=0.005 * (1 - t_min))
+        assert t.std().item() == pytest.approx((1 - t_min) / math.sqrt(12), rel=0.01)
+    assert dgpo.sample_timesteps((2, 1)).shape == (2, 1)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+def test_diffuse_has_the_mean_and_variance_of_q(t):
+    """q(x_t | x0) = N((1 - t) x0, t^2 I)."""
+    x0 = torch.tensor([[[3.0, -1.0]]], dtype=F64).expand(1, 50_000, 2)
+    x_t = dgpo.diffuse(x0, normal(1, 50_000, 2), torch.full((1, 1), t))
+    assert x_t.mean((0, 1)).tolist() == pytest.approx([(1 - t) * 3, -(1 - t)], abs=0.02)
+    assert x_t.std((0, 1)).tolist() == pytest.approx([t, t], abs=0.02)
+
+
+def test_diffuse_shares_noise_within_a_group():
+    x0, eps = normal(3, 4, 2), normal(3, 1, 2, seed=1)
+    t = torch.tensor([[0.1], [0.5], [1.0]], dtype=F64)
+    x_t = dgpo.diffuse(x0, eps, t)
+    for p in range(3):
+        for g in range(4):
+            torch.testing.assert_close(x_t[p, g], (1 - t[p, 0]) * x0[p, g] + t[p, 0] * eps[p, 0])
+    each = dgpo.diffuse(x0, eps, t.expand(3, 4))
+    torch.testing.assert_close(each, x_t)
+
+
+@pytest.mark.parametrize(
+    ("solver", "least", "most"), [("euler", 1.9, 2.1), ("heun", 3.8, 4.1), ("dpm++", 3.2, 4.1)]
+)
+def test_solvers_converge_at_their_order(solver, least, most):
+    """Halving the step divides the error by 2 for order 1, by 4 for order 2.
+
+    Data N(m, s^2): the flow is x_t = (1 - t) m + sqrt((1 - t)^2 s^2 + t^2) x_1, solved exactly. In
+    steps of equal t, DPM-Solver++ misses 4 by a factor log(steps), from its long steps in lambda.
+    """
+    m, s = 1.5, 0.5
+
+    def velocity(x, t):
+        variance = (1 - t) ** 2 * s**2 + t**2
+        return -m + (t - (1 - t) * s**2) / variance * (x - (1 - t) * m)
+
+    noise = normal(64)
+    errors = [
+        (dgpo.sample_ode(velocity, noise, steps, solver) - (m + s * noise)).abs().max().item()
+        for steps in (80, 160, 320)
+    ]
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert least < coarse / fine < most, errors
+
+
+def test_solvers_are_exact_for_one_data_point_and_agree_on_one_step():
+    noise, target = normal(10, 2), torch.tensor([1.0, -2.0], dtype=F64)
+
+    def to_the_point(x, t):
+        return (x - target) / t
+
+    for solver in ("euler", "dpm++"):
+        for steps in (1, 2, 5):
+            x0 = dgpo.sample_ode(to_the_point, noise, steps, solver)
+            torch.testing.assert_close(x0, target.expand(10, 2))
+
+
+def test_clip_mask_by_hand():
+    """Dropped: a good sample already denoised better by over 5 %, a bad one worse by over 5 %."""
+    A = torch.tensor([[1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 0.0]])
+    ratio = torch.tensor([[1.06, 1.04, 0.5, 0.94, 0.96, 1.5, 0.94, 0.96]])
+    loss_old = torch.full_like(ratio, 0.7)
+    loss_theta = loss_old - ratio.log()
+    expected = [[True, False, False, True, False, False, True, False]]
+    assert dgpo.clip_mask(loss_theta, loss_old, A, 0.05).tolist() == expected
+    assert not dgpo.clip_mask(loss_old, loss_old, A, 0.0).any()
+
+
+def test_ema_update_is_the_closed_form():
+    """theta^- after n steps towards a fixed theta is theta + mu^n (theta^-_0 - theta)."""
+    start, theta, mu = normal(5), normal(5, seed=1), 0.9
+    averaged = start.clone()
+    for _ in range(7):
+        dgpo.ema_update([averaged], [theta], mu)
+    torch.testing.assert_close(averaged, theta + mu**7 * (start - theta))
+    dgpo.ema_update([averaged], [theta], 0.0)
+    assert torch.equal(averaged, theta)
+    dgpo.ema_update([averaged], [start], 1.0)
+    assert torch.equal(averaged, theta)
+
+
+class Recorder:
+    """Stands in for backward_group_loss: keeps what Algorithm 1 passes to it, then calls it."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.original = [], dgpo.backward_group_loss
+        monkeypatch.setattr(dgpo, "backward_group_loss", self)
+
+    def __call__(self, velocity, velocity_ref, x0, eps, t, advantages, beta, **others):
+        self.calls.append({"x0": x0, "eps": eps, "t": t, "A": advantages, "beta": beta, **others})
+        arguments = (velocity, velocity_ref, x0, eps, t, advantages, beta)
+        return self.original(*arguments, **others)
+
+
+def test_algorithm_1_shares_one_t_and_one_eps_in_each_group(model, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    for _ in toy_training(model, iterations=3, prompts=4, group_size=6, t_min=0.4):
+        pass
+    for call in recorder.calls:
+        assert call["x0"].shape == (2 * 4, 6, 2)  # 2 timesteps x 4 prompts
+        assert call["eps"].shape == (2 * 4, 1, 2) and call["t"].shape == (2 * 4, 1)
+        assert len(call["t"].unique()) == 8 and call["t"].min() >= 0.4
+        assert call["beta"] == pytest.approx(1 / 6) and call["scale"] == pytest.approx(1.0)
+        torch.testing.assert_close(call["A"].square().mean(1), torch.ones(8))
+        assert torch.equal(call["x0"][:4], call["x0"][4:])  # the same rollouts at both timesteps
+
+
+def test_algorithm_1_samples_from_theta_from_its_ema_or_from_the_reference(model, monkeypatch):
+    """Line 4 and 15: with decay 1, or offline, theta^- never moves; else the rollouts improve."""
+    rewards = {}
+    for name, settings in {
+        "online": {},
+        "ema": {"ema": 0.9},
+        "still": {"ema": 1.0},
+        "offline": {"offline": True},
+    }.items():
+        figures = list(toy_training(copy.deepcopy(model), iterations=40, **settings))
+        rewards[name] = sum(figure["reward"] for figure in figures[-5:]) / 5
+    base = flow2d.reward(torch.arange(4), flow2d.mode_centers()[:, None]).mean().item()
+    assert base == pytest.approx(-8)
+    assert rewards["online"] > -5.5 and rewards["ema"] > -6.5, rewards
+    assert rewards["still"] == pytest.approx(rewards["offline"], abs=1e-6)
+    assert rewards["offline"] < -7, rewards
+
+
+def test_clip_compares_theta_with_its_ema(model):
+    """theta^- = theta: nothing is ever clipped. A lagging theta^-: a tight clip drops samples."""
+    same, lagging = (
+        sum(figure["clipped"] for figure in toy_training(copy.deepcopy(model), **settings))
+        for settings in (
+            {"iterations": 10, "clip": 1e-4},
+            {"iterations": 10, "clip": 1e-4, "ema": 0.9},
+        )
+    )
+    assert same == 0 < lagging
+
+
+L = torch.rand(2, 3)
+X0, EPS, T = torch.rand(2, 3, 5), torch.rand(2, 1, 5), torch.rand(2, 1)
+
+
+def backward(x0=X0, eps=EPS, t=T, advantages=L, beta=1.0, **others):
+    return dgpo.backward_group_loss(
+        lambda x, t, p: x, lambda x, t, p: x, x0, eps, t, advantages, beta, **others
+    )
+
+
+BAD_INPUT = {
+    "rewards 1-D": (lambda: dgpo.group_advantages(L[0]), r"rewards must be \(P, G\), got \(3,\)"),
+    "rewards G = 1": (lambda: dgpo.group_advantages(L[:, :1]), r"G >= 2, got \(2, 1\)"),
+    "rewards nan": (
+        lambda: dgpo.group_advantages(torch.tensor([[0, 1, 2], [0, float("nan"), 1]])),
+        "rewards must be finite, got nan at prompt 1, sample 1",
+    ),
+    "rewards inf": (
+        lambda: dgpo.group_advantages(torch.tensor([[0, -math.inf]])),
+        "rewards must be finite, got -inf at prompt 0, sample 1",
+    ),
+    "std": (lambda: dgpo.group_advantages(L, "sample"), "std must be 'group' or 'batch'.*'sample'"),
+    "eps": (lambda: dgpo.group_advantages(L, eps=-1e-4), "eps must be at least 0, got -0.0001"),
+    "t_min = 1": (lambda: dgpo.sample_timesteps((2,), 1.0), r"t_min must be in \[0, 1\), got 1.0"),
+    "t_min < 0": (
+        lambda: dgpo.sample_timesteps((2,), -0.1),
+        r"t_min must be in \[0, 1\), got -0.1",
+    ),
+    "t_min nan": (lambda: dgpo.sample_timesteps((2,), math.nan), "t_min must be.*got nan"),
+    "t": (lambda: dgpo.diffuse(X0, EPS, T[:1]), r"t must be \(P, 1\) or \(P, G\).*got \(1, 1\)"),
+    "eps shape": (lambda: dgpo.diffuse(X0, EPS[:, :, :4], T), r"eps must be.*got \(2, 1, 4\)"),
+    "velocity": (
+        lambda: dgpo.dsm_loss(X0[..., :4], X0, EPS),
+        r"velocity must have its target's shape, got \(2, 3, 4\) against \(2, 3, 5\)",
+    ),
+    "velocity_ref": (lambda: dgpo.kl_penalty(X0, X0[:1]), "velocity must have its target's shape"),
+    "loss_ref": (
+        lambda: dgpo.dgpo_loss(L, L[:1], L, 1.0),
+        r"must have one shape \(P, G\), got loss_theta \(2, 3\), loss_ref \(1, 3\)",
+    ),
+    "loss_old": (lambda: dgpo.clip_mask(L, L[:, :2], L, 0.1), r"loss_old \(2, 2\)"),
+    "weights": (lambda: dgpo.group_gap(L, L[0], L > 0), r"w \(3,\)"),
+    "beta = 0": (lambda: dgpo.dgpo_loss(L, L, L, 0.0), "beta must be positive, got 0.0"),
+    "beta < 0": (lambda: dgpo.group_gate(L, L, L, -2.0), "beta must be positive, got -2.0"),
+    "beta nan": (lambda: dgpo.dgpo_loss(L, L, L, math.nan), "beta must be positive, got nan"),
+    "beta of one group": (
+        lambda: dgpo.dgpo_loss(L, L, L, torch.tensor([1.0, 0.0])),
+        r"beta must be positive, got \[1.0, 0.0\]",
+    ),
+    "beta shape": (
+        lambda: dgpo.dgpo_loss(L, L, L, torch.ones(3)),
+        r"beta must be a float or \(P,\) with P = 2, got \(3,\)",
+    ),
+    "clip": (lambda: dgpo.clip_mask(L, L, L, -0.1), "clip must be at least 0, got -0.1"),
+    "decay": (lambda: dgpo.ema_update([L], [L], 1.1), r"decay must be in \[0, 1\], got 1.1"),
+    "parameters": (lambda: dgpo.ema_update([L], [L, L], 0.9), "zip"),
+    "steps": (lambda: dgpo.sample_ode(lambda x, t: x, L, 0), "steps must be at least 1, got 0"),
+    "solver": (
+        lambda: dgpo.sample_ode(lambda x, t: x, L, 2, "rk4"),
+        r"solver must be one of euler, heun, dpm\+\+, got 'rk4'",
+    ),
+    "micro_batch": (lambda: backward(micro_batch=0), "micro_batch must be at least 1, got 0"),
+    "x0": (lambda: backward(x0=X0[:1]), r"x0 must start with \(P, G\) = \(2, 3\), got \(1, 3, 5\)"),
+    "advantages": (lambda: backward(advantages=L[0]), r"advantages must be \(P, G\), got \(3,\)"),
+    "kl": (lambda: backward(kl=-1.0), "kl must be at least 0, got -1.0"),
+    "clip alone": (lambda: backward(clip=0.1), "clip and velocity_old need each other"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_named_in_one_line(case):
+    call, message = BAD_INPUT[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.bfloat16])
+def test_rewards_of_any_dtype_are_taken(dtype):
+    A = dgpo.group_advantages(torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]], dtype=dtype))
+    assert A.dtype == torch.float32
+    torch.testing.assert_close(A[0], torch.tensor([-1.0, 1.0, 1.0, -1.0]))

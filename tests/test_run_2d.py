@@ -1,0 +1,134 @@
+"""The main job from outside: python toy/run_2d.py, as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+RUN = Path(__file__).parents[1] / "toy" / "run_2d.py"
+
+
+def run(*flags, cwd=None):
+    return subprocess.run(
+        [sys.executable, RUN, *map(str, flags)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+def numbers(stdout):
+    """The report without its last lines, which hold seconds and paths."""
+    return stdout.split("\nseconds:")[0]
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return run("--iterations", 40, "--seed", 3, "--out", out), out
+
+
+def test_a_short_run_learns_and_writes_its_figures(short_run):
+    result, out = short_run
+    assert result.returncode == 0, result.stderr
+    report = result.stdout
+    base, trained = (
+        float(next(line for line in report.splitlines() if line.startswith(name)).split()[column])
+        for name, column in (("reference", 1), ("after 40 iterations", 3))
+    )
+    assert trained > base + 2
+    assert "pretraining: 100%" in result.stderr and "DGPO: 100%" in result.stderr
+    assert "reward=" in result.stderr and "gate=" in result.stderr and "loss=" in result.stderr
+
+    with Image.open(out / "run_2d.png") as png:
+        assert png.width >= 1000 and len(png.convert("L").getcolors()) > 50
+    with Image.open(out / "run_2d.gif") as gif:
+        assert gif.n_frames == 41
+        first = gif.convert("RGB").tobytes()
+        gif.seek(40)
+        assert gif.convert("RGB").tobytes() != first
+    assert (out / "run_2d.gif").stat().st_size < 2_000_000
+
+
+def test_the_report_shows_z_cancelling(short_run):
+    rows = [line.split() for line in short_run[0].stdout.splitlines()]
+    rows = [list(map(float, row)) for row in rows if row and row[0] in "0123" and len(row) == 9]
+    assert len(rows) == 4
+    for _, log_z, with_z, without, diff, equal_with, equal_without, equal_diff, predicted in rows:
+        assert with_z == without and abs(diff) < 1e-6
+        assert equal_diff == predicted == pytest.approx(equal_with - equal_without, abs=2e-4)
+        assert log_z < 0
+
+
+def test_the_same_seed_gives_the_same_numbers(short_run, tmp_path):
+    flags = ("--iterations", 40, "--no-gif", "--out", tmp_path)
+    assert numbers(run(*flags, "--seed", 3).stdout) == numbers(short_run[0].stdout)
+    assert not (tmp_path / "run_2d.gif").exists()
+    assert numbers(run(*flags, "--seed", 4).stdout) != numbers(short_run[0].stdout)
+
+
+def test_every_flag_is_accepted(tmp_path):
+    flags = "--iterations 2 --prompts 3 --group-size 4 --beta 2 --learning-rate 1e-4 --t-min 0 "
+    flags += "--rollout-steps 2 --train-timesteps 1 --kl 0 --clip 0.1 --ema 0.5 --offline --no-gif"
+    result = run(*flags.split(), "--seed", 1, "--out", tmp_path / "new" / "folder")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "new" / "folder" / "run_2d.png").stat().st_size > 10_000
+
+
+def test_the_defaults_reach_the_ceiling_and_stay_there_three_times_as_long(tmp_path):
+    """At least 95 % of the way from the base reward to the best, 90 % of samples on a mode."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, RUN, "--no-gif", "--out", tmp_path, "--iterations", str(iterations)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for iterations in (300, 900)
+    ]
+    for iterations, process in zip((300, 900), runs, strict=True):
+        report = process.communicate()[0]
+        assert process.returncode == 0
+        on_mode = re.search(rf"after {iterations} iterations.* ([\d.]+)%", report)
+        way = re.search(r"training went ([\d.]+)% of the way", report)
+        assert float(on_mode[1]) >= 90 and float(way[1]) >= 95, report
+
+
+BAD_FLAGS = {
+    "--iterations 0": "argument --iterations: must be at least 1, got 0",
+    "--iterations many": "argument --iterations: invalid int value: 'many'",
+    "--prompts 0": "argument --prompts: must be at least 1, got 0",
+    "--group-size 1": "argument --group-size: must be at least 2, got 1",
+    "--beta 0": "argument --beta: must be positive, got 0.0",
+    "--beta nan": "argument --beta: must be positive, got nan",
+    "--learning-rate -1": "argument --learning-rate: must be positive, got -1.0",
+    "--t-min 1": "argument --t-min: must be in [0, 1), got 1.0",
+    "--rollout-steps 0": "argument --rollout-steps: must be at least 1, got 0",
+    "--train-timesteps 0": "argument --train-timesteps: must be at least 1, got 0",
+    "--kl -0.1": "argument --kl: must be at least 0, got -0.1",
+    "--clip -1 --ema 0.9": "argument --clip: must be at least 0, got -1.0",
+    "--clip 0.1": "argument --clip: compares theta with theta^-, which differ only with --ema",
+    "--ema 1.5": "argument --ema: must be in [0, 1], got 1.5",
+    "--seed -1": "argument --seed: must be in [0, 2^63), got -1",
+    "--nonsense": "unrecognized arguments: --nonsense",
+}
+
+
+def test_bad_flags_end_with_one_line_and_exit_code_2(capsys, monkeypatch):
+    import run_2d
+
+    for flags, message in BAD_FLAGS.items():
+        monkeypatch.setattr(sys, "argv", ["run_2d.py", *flags.split()])
+        with pytest.raises(SystemExit) as stop:
+            run_2d.parse_args()
+        printed = capsys.readouterr()
+        assert stop.value.code == 2 and printed.out == ""
+        assert printed.err == f"run_2d.py: {message}\n"
+
+
+def test_a_folder_that_cannot_be_written_stops_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("--out", tmp_path / "file" / "out")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("run_2d.py: argument --out: cannot write to ")
+    assert result.stderr.count("\n") == 1
