@@ -353,7 +353,7 @@ def backward_group_loss(
     def by_group(evaluated: list[tuple[Tensor, Tensor]]) -> Tensor:
         return torch.cat([loss.detach() for _, loss in evaluated]).view(-1, G)
 
-    figures = {name: [] for name in ("gap", "gate", "kl", "clipped")}
+    metrics = {name: [] for name in ("gap", "gate", "kl", "clipped")}
     block = max(1, micro_batch // G)  # as many groups as fit whole, or one that does not
     for p in range(0, P, block):
         A, b, end = advantages[p : p + block], beta[p : p + block], min(p + block, P) * G
@@ -374,12 +374,12 @@ def backward_group_loss(
                 v, loss = evaluate(velocity, rows)
             penalty = kl_penalty(v[None], v_ref[None])[0]
             ((k_rows * loss).sum() + kl * penalty.sum() / (P * G)).backward()
-            figures["kl"].append(penalty.detach())
-        figures["gap"].append(preference_gap(by_group(new), by_group(ref), A))
-        figures["gate"].append(gate)
-        figures["clipped"].append(drop.float())
+            metrics["kl"].append(penalty.detach())
+        metrics["gap"].append(preference_gap(by_group(new), by_group(ref), A))
+        metrics["gate"].append(gate)
+        metrics["clipped"].append(drop.float())
 
-    gap, gate, penalty, drop = (torch.cat(parts) for parts in figures.values())
+    gap, gate, penalty, drop = (torch.cat(parts) for parts in metrics.values())
     loss = -F.logsigmoid(-beta * gap).mean()
     return {"loss": loss, "gap": gap, "gate": gate, "kl": penalty.mean(), "clipped": drop.mean()}
 
@@ -404,7 +404,7 @@ def train(
     ema: float | None = None,
     offline: bool = False,
 ) -> Iterator[dict[str, float]]:
-    """Algorithm 1. Trains `model` in place; yields the figures of each iteration when it is done.
+    """Algorithm 1. Trains `model` in place; yields the metrics of each iteration when it is done.
 
     model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
     reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: all randomness is its.
@@ -436,7 +436,7 @@ def train(
         t = sample_timesteps((K * P, 1), t_min, generator, generator.device)
         eps = torch.randn(K * P, 1, *data_shape, generator=generator, device=generator.device)
         optimizer.zero_grad()
-        figures = backward_group_loss(
+        metrics = backward_group_loss(
             conditioned(model, c.repeat(K)),
             conditioned(reference, c.repeat(K)),
             torch.cat([x0] * K),
@@ -453,5 +453,5 @@ def train(
         optimizer.step()  # line 14
         if ema is not None:
             ema_update(old.parameters(), model.parameters(), ema)  # line 15
-        figures = {"reward": rewards, "grad_norm": grad_norm, **figures}
-        yield {name: value.mean().item() for name, value in figures.items()}
+        metrics = {"reward": rewards, "grad_norm": grad_norm, **metrics}
+        yield {name: value.mean().item() for name, value in metrics.items()}

@@ -294,7 +294,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(kl, clip):
 
     for micro_batch in (None, *range(1, P * G + 1)):
         seen = []
-        figures = dgpo.backward_group_loss(
+        metrics = dgpo.backward_group_loss(
             lambda *args, seen=seen: seen.append(len(args[0])) or theta(*args),
             ref,
             x0,
@@ -312,12 +312,12 @@ def test_micro_batches_give_the_gradient_of_the_whole(kl, clip):
         assert max(seen) <= (micro_batch or P * G)
         assert sum(seen) == P * G * (1 if micro_batch is None or micro_batch >= G else 2)
         torch.testing.assert_close(
-            figures["loss"], dgpo.dgpo_loss(loss, loss_ref, A, beta).detach()
+            metrics["loss"], dgpo.dgpo_loss(loss, loss_ref, A, beta).detach()
         )
-        torch.testing.assert_close(figures["gap"], dgpo.preference_gap(loss, loss_ref, A).detach())
-        torch.testing.assert_close(figures["gate"], dgpo.group_gate(loss, loss_ref, A, beta))
-        torch.testing.assert_close(figures["kl"], dgpo.kl_penalty(v, v_ref).mean().detach())
-        assert figures["clipped"].item() == pytest.approx(dropped.double().mean().item())
+        torch.testing.assert_close(metrics["gap"], dgpo.preference_gap(loss, loss_ref, A).detach())
+        torch.testing.assert_close(metrics["gate"], dgpo.group_gate(loss, loss_ref, A, beta))
+        torch.testing.assert_close(metrics["kl"], dgpo.kl_penalty(v, v_ref).mean().detach())
+        assert metrics["clipped"].item() == pytest.approx(dropped.double().mean().item())
 
 
 def test_groups_of_two_are_diffusion_dpo():
@@ -565,8 +565,8 @@ def test_algorithm_1_samples_from_theta_from_its_ema_or_from_the_reference(model
         "still": {"ema": 1.0},
         "offline": {"offline": True},
     }.items():
-        figures = list(toy_training(copy.deepcopy(model), iterations=40, **settings))
-        rewards[name] = sum(figure["reward"] for figure in figures[-5:]) / 5
+        history = list(toy_training(copy.deepcopy(model), iterations=40, **settings))
+        rewards[name] = sum(metrics["reward"] for metrics in history[-5:]) / 5
     base = flow2d.reward(torch.arange(4), flow2d.mode_centers()[:, None]).mean().item()
     assert base == pytest.approx(-8)
     assert rewards["online"] > -5.5 and rewards["ema"] > -6.5, rewards
@@ -577,7 +577,7 @@ def test_algorithm_1_samples_from_theta_from_its_ema_or_from_the_reference(model
 def test_clip_compares_theta_with_its_ema(model):
     """theta^- = theta: nothing is ever clipped. A lagging theta^-: a tight clip drops samples."""
     same, lagging = (
-        sum(figure["clipped"] for figure in toy_training(copy.deepcopy(model), **settings))
+        sum(metrics["clipped"] for metrics in toy_training(copy.deepcopy(model), **settings))
         for settings in (
             {"iterations": 10, "clip": 1e-4},
             {"iterations": 10, "clip": 1e-4, "ema": 0.9},

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -213,9 +215,9 @@ def save_gif(path: Path, stages: list[Stage], rewards: list[float]) -> None:
 
 
 def save_png(
-    path: Path, stages: list[Stage], optimum: Tensor, figures: list[dict[str, float]]
+    path: Path, stages: list[Stage], optimum: Tensor, history: list[dict[str, float]]
 ) -> None:
-    n = len(figures)
+    n = len(history)
     picture = plt.figure(figsize=(12, 6), dpi=100, layout="constrained")
     above, below = picture.subfigures(2, 1, height_ratios=(1.2, 1))
     shown = [
@@ -228,9 +230,9 @@ def save_png(
         world_axes(axes, title)
         scatter(axes, x)
     reward, gate = below.subplots(1, 2, width_ratios=(3, 2))
-    reward_axes(reward, figures[0]["reward"], n)
-    reward.plot(range(1, n + 1), [figure["reward"] for figure in figures], color="0.2", lw=2)
-    gate.plot(range(1, n + 1), [figure["gate"] for figure in figures], color="0.2", lw=2)
+    reward_axes(reward, history[0]["reward"], n)
+    reward.plot(range(1, n + 1), [metrics["reward"] for metrics in history], color="0.2", lw=2)
+    gate.plot(range(1, n + 1), [metrics["gate"] for metrics in history], color="0.2", lw=2)
     gate.set(xlim=(0, n), ylim=(0, 1))
     gate.set_xlabel("iteration", fontsize=15)
     gate.set_ylabel("gate $\\sigma(\\beta S)$", fontsize=15)
@@ -247,14 +249,15 @@ def main() -> None:
     clock = [time.perf_counter()]
 
     model = flow2d.VelocityNet()
-    steps = flow2d.pretrain(model, PRETRAINING_STEPS, generator)
-    for _ in tqdm(steps, "pretraining", PRETRAINING_STEPS):
+    pretraining = flow2d.pretrain(model, PRETRAINING_STEPS, generator)
+    for _ in tqdm(pretraining, "pretraining", PRETRAINING_STEPS):
         pass
     clock.append(time.perf_counter())
 
     stages = [(0, draw(model, args.seed))]
-    window = moving_picture(mean_reward(stages[0][1]), args.iterations)[1] if args.show else None
-    figures: list[dict[str, float]] = []
+    base = mean_reward(stages[0][1])
+    window = moving_picture(base, args.iterations)[1] if args.show else None
+    history: list[dict[str, float]] = []
     training = dgpo.train(
         model,
         flow2d.reward,
@@ -276,48 +279,54 @@ def main() -> None:
     )
     progress = tqdm(training, "DGPO", args.iterations)
     try:
-        for n, figure in enumerate(progress, 1):
-            figures.append(figure)
-            progress.set_postfix({k: f"{figure[k]:.3f}" for k in ("reward", "loss", "gate")}, False)
+        for n, metrics in enumerate(progress, 1):
+            history.append(metrics)
+            progress.set_postfix(
+                {k: f"{metrics[k]:.3f}" for k in ("reward", "loss", "gate")}, False
+            )
             if n % max(1, args.iterations // FRAMES) == 0 or n == args.iterations:
                 stages.append((n, draw(model, args.seed)))
                 if window:
-                    window(*stages[-1], [figure["reward"] for figure in figures])
+                    window(*stages[-1], [metrics["reward"] for metrics in history])
                     plt.pause(0.01)
-    except KeyboardInterrupt:
+    except ValueError as error:  # rewards that are no longer finite
         progress.close()
-        print(f"stopped after {len(figures)} iterations; what was learnt by then:")
-        stages.append((len(figures), draw(model, args.seed)))
+        sys.exit(f"run_2d.py: {error} of iteration {len(history) + 1}; lower --learning-rate?")
+    except KeyboardInterrupt:
+        if not history:
+            raise
+        progress.close()
+        print(f"stopped after {len(history)} iterations, and this is what was learnt")
+        stages.append((len(history), draw(model, args.seed)))
     clock.append(time.perf_counter())
 
-    every = torch.arange(flow2d.CONDITIONS).repeat_interleave(SAMPLES)
-    data, optimum = (
-        x.view(flow2d.CONDITIONS, SAMPLES, 2)
-        for x in (
-            flow2d.sample_ref(every, generator),
-            flow2d.sample_optimum(every, BETA, generator),
-        )
-    )
-    reached = (mean_reward(stages[-1][1]) - mean_reward(stages[0][1])) / -mean_reward(stages[0][1])
+    c = torch.arange(flow2d.CONDITIONS).repeat_interleave(SAMPLES)
+    data = flow2d.sample_ref(c, generator).view_as(stages[0][1])
+    optimum = flow2d.sample_optimum(c, BETA, generator).view_as(data)
+    iterations, trained = stages[-1]
     print(f"{'':28}mean reward   on a mode   distance to p_ref's data")
     report("reference", stages[0][1], data)
-    report(f"after {stages[-1][0]} iterations", stages[-1][1], data)
+    report(f"after {iterations} iterations", trained, data)
     report(f"optimum p* of Eq. 5, beta {BETA:g}", optimum, data)
-    print(f"{'best possible':<28}{BEST:>11.2f}, and training went {reached:.1%} of the way there")
+    way = (mean_reward(trained) - base) / (BEST - base)
+    print(f"{'best possible':<32}{BEST:>8.2f}  and training went {way:.1%} of the way there")
     report_z(args.group_size, generator)
 
     written = [args.out / "run_2d.png"]
-    save_png(written[0], stages, optimum, figures)
+    save_png(written[0], stages, optimum, history)
     if not args.no_gif:
         written.append(args.out / "run_2d.gif")
-        save_gif(written[1], stages, [figure["reward"] for figure in figures])
+        save_gif(written[1], stages, [metrics["reward"] for metrics in history])
     clock.append(time.perf_counter())
     phases = zip(("pretraining", "DGPO", "report and figures"), clock, clock[1:], strict=False)
     print("\nseconds: " + ", ".join(f"{name} {end - start:.1f}" for name, start, end in phases))
-    print("wrote " + " and ".join(map(str, written)))
+    print("wrote " + " and ".join(map(os.path.relpath, written)))
     if window:
         plt.show()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
