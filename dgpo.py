@@ -50,8 +50,6 @@ def _require_groups(**tensors: Tensor) -> None:
 # Section 3.1, Eq. 8, 9, 11: DGPO compares two sets, by their weighted sums of r_theta. log Z(c)
 # then has the coefficient beta (sum_{G+} w - sum_{G-} w), and cancels for all balanced weights.
 # (A misprint: Eq. 11 has Z(c) in the bracket where Eq. 10 has log Z(c). The coefficient is right.)
-
-
 def group_gap(values: Tensor, w: Tensor, positive: Tensor) -> Tensor:
     """R(G+) - R(G-), Eq. 8, 9: sum of w * values over G+ minus that over G-. (P, G) -> (P,).
 
@@ -65,8 +63,6 @@ def group_gap(values: Tensor, w: Tensor, positive: Tensor) -> Tensor:
 # Section 3.2: weights that balance. Advantages sum to zero over a group, so what is above zero
 # weighs as much as what is below: w = |A| has sum_{G+} w = sum_{G-} w, and a sample counts the more
 # the further it is from average. Dividing by a std keeps the balance; clipping A would break it.
-
-
 def group_advantages(rewards: Tensor, std: str = "group", eps: float = 0.0) -> Tensor:
     """Eq. 12: A_i = (r_i - mean_j r_j) / (std_j r_j + eps). (P, G), G >= 2 -> (P, G).
 
@@ -105,13 +101,13 @@ def weights(advantages: Tensor) -> Tensor:
 
 
 # Eq. 15 -> 16 (Appendix C.2, Eq. 18-20): from whole paths to one timestep.
-# p_theta(x0) is out of reach as well, so Eq. 10 takes the path x_{0:T} that the forward diffusion q
-# makes of x0. A path's log-ratio is a sum over T transitions, that is T times a mean over t
-# (Eq. 19). The means over t and over x_t stand inside -log sigmoid, a convex function; by Jensen's
-# inequality (Eq. 18), moving them outside can only raise the loss. That upper bound (Eq. 16) is
-# what one random t and one x_t a sample estimate without bias.
-
-
+# What is left is -log sigmoid(beta [sum_{G+} w rho - sum_{G-} w rho]) with rho = log p_theta/p_ref
+# (Eq. 15). A diffusion model cannot tell p_theta(x0) either, so Eq. 10 takes the path x_{0:T} that
+# forward diffusion q makes of x0, whose log-ratio is a sum over T transitions (Eq. 19):
+#     rho = E_q sum_t log p_theta(x_{t-1}|x_t)/p_ref(x_{t-1}|x_t) = T E_t E_q log p_theta/p_ref.
+# These means stand inside -log sigmoid, a convex function phi, and phi(E X) <= E phi(X) (Jensen,
+# Eq. 18). Moving them outside gives an upper bound of the loss (Eq. 16), and that is what one
+# random t and one x_t for each sample estimate without bias.
 def sample_timesteps(
     shape: tuple[int, ...],
     t_min: float = 0.0,
@@ -128,6 +124,12 @@ def sample_timesteps(
     return t_min + (1 - t_min) * torch.rand(shape, generator=generator, device=device)
 
 
+# Shared noise. Below Eq. 16, the paper shares eps in a group "to reduce the variance". Let C_ij be
+# the covariance of grad L_i and grad L_j under one eps. Then sum_i A_i grad L_i (see Eq. 17) has the
+# variance sum_ij A_i A_j C_ij; with an eps each, only the terms i = j remain. What all C_ij have in
+# common cancels, since sum_j A_j = 0: sharing helps a pair (G = 2), or where advantages do not
+# follow position. Where samples that are alike (large C_ij) have like advantages, it hurts: in the
+# toy at G = 24 the variance doubles to quintuples (tests/test_dgpo.py measures all three).
 def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
 
@@ -143,18 +145,10 @@ def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x0 + t * eps
 
 
-# Shared noise. Below Eq. 16, the paper shares eps within a group "to reduce the variance". Let C_ij
-# be the covariance of grad L_i and grad L_j under one eps. Then sum_i A_i grad L_i (see Eq. 17) has
-# the variance sum_ij A_i A_j C_ij; with an eps each, only the terms i = j remain. Whatever the C_ij
-# have in common cancels, as sum_j A_j = 0, so sharing helps a pair (G = 2), or when advantages do
-# not follow position. Where samples that are alike (large C_ij) have like advantages, it hurts: in
-# the toy at G = 24 it multiplies the variance by 2 to 5 (tests/test_flow2d.py measures all three).
-
 # Eq. 16 -> 17 (Appendix C.3, Eq. 21, 22): from transitions to the denoising loss.
 # The mean of log p_theta/p_ref over q(x_{t-1} | x_t, x0) is KL(q || p_ref) - KL(q || p_theta)
-# (Eq. 21). All three are Gaussians of one std, eta, whose means differ only in having x0 or f.
-
-
+# (Eq. 21). All three are Gaussians of one std, eta. Their means are one function of x_t and of an
+# image: x0 for q, f for p_theta. So the KL is a weight times ||x0 - f||^2, the denoising loss.
 def lambda_t(alpha_t: Real, sigma_t: Real, alpha_s: Real, sigma_s: Real, eta_s: Real) -> Real:
     """Eq. 22: lambda_t in KL(q || p_theta) = lambda_t ||x0 - f||^2, s < t being the paper's t - 1.
 
@@ -190,8 +184,6 @@ def dsm_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 # the better the two are told apart (S << 0), the smaller the gate sigmoid(beta S). Note that G+ is
 # taken to win with certainty. So p* of Eq. 5 is no fixed point: like DPO, DGPO widens the gap until
 # the gate closes, sooner for a larger beta.
-
-
 def preference_gap(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor) -> Tensor:
     """S of Eq. 17, (P, G) -> (P,): below 0 where theta tells G+ from G- better than ref does.
 
@@ -226,8 +218,6 @@ def group_gate(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: R
 
 
 # What the released trainer (github.com/Luo-Yihong/DGPO) adds to the paper. All of it is optional.
-
-
 def clip_mask(loss_theta: Tensor, loss_old: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """PPO's clip for a model without a likelihood: True (P, G) where the gradient is dropped.
 
@@ -262,8 +252,6 @@ def ema_update(ema_params: Iterable[Tensor], params: Iterable[Tensor], decay: fl
 
 # Section 3.2, "Efficient Sampling and Learning": no policy gradient, hence no likelihood of a
 # trajectory, hence no noise in it. Samples come from an ODE solver.
-
-
 @torch.no_grad()
 def sample_ode(
     velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, solver: str = "dpm++"
@@ -304,8 +292,6 @@ def sample_ode(
 # the gradient needs S only in the gate, which is a number. So first S, by forwards that keep no
 # graph; then sum_i k_i grad L_i with the known k_i = beta sigmoid(beta S) A_i / P. That is a plain
 # sum over samples, taken one micro-batch at a time, and it is the gradient of Eq. 17 exactly.
-
-
 def backward_group_loss(
     velocity: Velocity,
     velocity_ref: Velocity,
@@ -354,7 +340,7 @@ def backward_group_loss(
         return torch.cat([loss.detach() for _, loss in evaluated]).view(-1, G)
 
     metrics = {name: [] for name in ("gap", "gate", "kl", "clipped")}
-    block = max(1, micro_batch // G)  # as many groups as fit whole, or one that does not
+    block = max(1, micro_batch // G)  # as many groups as fit whole, or one that does not fit
     for p in range(0, P, block):
         A, b, end = advantages[p : p + block], beta[p : p + block], min(p + block, P) * G
         batches = [slice(i, min(i + micro_batch, end)) for i in range(p * G, end, micro_batch)]
@@ -362,7 +348,7 @@ def backward_group_loss(
         with torch.no_grad():
             ref = [evaluate(velocity_ref, rows) for rows in batches]
             old = [evaluate(velocity_old, rows) for rows in batches] if velocity_old else None
-        with torch.set_grad_enabled(whole):
+        with torch.set_grad_enabled(whole):  # a block that fits keeps its graph for the backward
             new = [evaluate(velocity, rows) for rows in batches]
         gate = group_gate(by_group(new), by_group(ref), A, b)
         drop = clip_mask(by_group(new), by_group(old), A, clip) if old else torch.zeros_like(A) > 0

@@ -1,0 +1,31 @@
+"""The README says what is so: its reading guide, and the commands it gives."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_reading_guide_points_at_the_right_lines():
+    links = re.findall(r"\[`?([^]`]+)`?\]\(([\w/]+\.py)#L(\d+)\)", README)
+    assert len(links) >= 20
+    for text, path, number in links:
+        line = (ROOT / path).read_text().splitlines()[int(number) - 1]
+        assert line.startswith((f"def {text}(", f"# {text}")), f"{path}:{number} is not {text}"
+
+
+def test_every_public_function_is_in_the_reading_guide():
+    public = re.findall(r"^def ([a-z]\w*)\(", (ROOT / "dgpo.py").read_text(), re.MULTILINE)
+    assert [name for name in public if f"[`{name}`](dgpo.py#L" not in README] == []
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = "pip install -r requirements.txt && pytest"
+    assert command in README and command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_flag_of_the_toy_in_the_readme_exists():
+    flags = set(re.findall(r"run_2d\.py[^\n`]*?(--[a-z-]+)", README))
+    source = (ROOT / "toy" / "run_2d.py").read_text()
+    assert flags and all(f'"{flag}"' in source for flag in flags)
