@@ -125,11 +125,12 @@ def sample_timesteps(
 
 
 # Shared noise. Below Eq. 16, the paper shares eps in a group "to reduce the variance". Let C_ij be
-# the covariance of grad L_i and grad L_j under one eps. Then sum_i A_i grad L_i (see Eq. 17) has the
-# variance sum_ij A_i A_j C_ij; with an eps each, only the terms i = j remain. What all C_ij have in
-# common cancels, since sum_j A_j = 0: sharing helps a pair (G = 2), or where advantages do not
-# follow position. Where samples that are alike (large C_ij) have like advantages, it hurts: in the
-# toy at G = 24 the variance doubles to quintuples (tests/test_dgpo.py measures all three).
+# the covariance of grad L_i and grad L_j under one eps. Then sum_i A_i grad L_i, which is a group's
+# gradient but for a factor (see Eq. 17), has the variance sum_ij A_i A_j C_ij; with an eps each,
+# only the terms i = j remain. What all C_ij have in common cancels, since sum_j A_j = 0: sharing
+# helps a pair (G = 2), or where advantages do not follow position. Where samples that are alike
+# (large C_ij) have like advantages, it hurts: in the toy at G = 24 the variance doubles to
+# quintuples (tests/test_dgpo.py measures all three).
 def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
 
