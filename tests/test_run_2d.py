@@ -61,8 +61,10 @@ def test_the_report_shows_z_cancelling(short_run):
 
 
 def test_the_same_seed_gives_the_same_numbers(short_run, tmp_path):
+    """Bit for bit: even the picture, drawn from every sample and every reward, is the same file."""
     flags = ("--iterations", 40, "--no-gif", "--out", tmp_path)
     assert numbers(run(*flags, "--seed", 3).stdout) == numbers(short_run[0].stdout)
+    assert (tmp_path / "run_2d.png").read_bytes() == (short_run[1] / "run_2d.png").read_bytes()
     assert not (tmp_path / "run_2d.gif").exists()
     assert numbers(run(*flags, "--seed", 4).stdout) != numbers(short_run[0].stdout)
 
