@@ -1,7 +1,12 @@
 """The README says what is so: its reading guide, and the commands it gives."""
 
 import re
+import shutil
+import sys
 from pathlib import Path
+
+import compare
+import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,6 +32,16 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 def test_every_flag_in_the_readme_exists():
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--help"}
-    source = (ROOT / "toy" / "run_2d.py").read_text()
-    assert "--offline" in flags
+    source = "".join((ROOT / "toy" / name).read_text() for name in ("run_2d.py", "compare.py"))
+    assert {"--offline", "--only"} <= flags
     assert [flag for flag in sorted(flags) if f'"{flag}"' not in source] == []
+
+
+def test_the_tables_are_what_compare_prints_of_the_kept_results(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "toy" / "results" / "ring-2d.json", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(compare.Results, "add", lambda *_: pytest.fail("a run is missing"))
+    compare.main()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(printed) > 40
+    assert [line for line in printed if line not in README.splitlines()] == []

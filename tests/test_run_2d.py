@@ -11,10 +11,18 @@ from PIL import Image
 RUN = Path(__file__).parents[1] / "toy" / "run_2d.py"
 
 
-def run(*flags, cwd=None):
-    return subprocess.run(
-        [sys.executable, RUN, *map(str, flags)], capture_output=True, text=True, cwd=cwd
-    )
+def start(*flags):
+    command = [sys.executable, RUN, *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run(*flags):
+    return finish(start(*flags))
 
 
 def numbers(stdout):
@@ -62,11 +70,13 @@ def test_the_report_shows_z_cancelling(short_run):
 
 def test_the_same_seed_gives_the_same_numbers(short_run, tmp_path):
     """Bit for bit: even the picture, drawn from every sample and every reward, is the same file."""
-    flags = ("--iterations", 40, "--no-gif", "--out", tmp_path)
-    assert numbers(run(*flags, "--seed", 3).stdout) == numbers(short_run[0].stdout)
-    assert (tmp_path / "run_2d.png").read_bytes() == (short_run[1] / "run_2d.png").read_bytes()
-    assert not (tmp_path / "run_2d.gif").exists()
-    assert numbers(run(*flags, "--seed", 4).stdout) != numbers(short_run[0].stdout)
+    flags = ("--iterations", 40, "--no-gif", "--out")
+    same, other = (start(*flags, tmp_path / str(seed), "--seed", seed) for seed in (3, 4))
+    assert numbers(finish(same).stdout) == numbers(short_run[0].stdout)
+    picture = tmp_path / "3" / "run_2d.png"
+    assert picture.read_bytes() == (short_run[1] / "run_2d.png").read_bytes()
+    assert not picture.with_suffix(".gif").exists()
+    assert numbers(finish(other).stdout) != numbers(short_run[0].stdout)
 
 
 def test_every_flag_is_accepted(tmp_path):
@@ -79,18 +89,11 @@ def test_every_flag_is_accepted(tmp_path):
 
 def test_the_defaults_reach_the_ceiling_and_stay_there_three_times_as_long(tmp_path):
     """At least 95 % of the way from the base reward to the best, 90 % of samples on a mode."""
-    runs = [
-        subprocess.Popen(
-            [sys.executable, RUN, "--no-gif", "--out", tmp_path, "--iterations", str(iterations)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for iterations in (300, 900)
-    ]
-    for iterations, process in zip((300, 900), runs, strict=True):
-        report = process.communicate()[0]
-        assert process.returncode == 0
+    lengths = (300, 900)
+    runs = [start("--no-gif", "--out", tmp_path, "--iterations", n) for n in lengths]
+    for iterations, result in zip(lengths, map(finish, runs), strict=True):
+        assert result.returncode == 0, result.stderr
+        report = result.stdout
         on_mode = re.search(rf"after {iterations} iterations.* ([\d.]+)%", report)
         way = re.search(r"training went ([\d.]+)% of the way", report)
         assert float(on_mode[1]) >= 90 and float(way[1]) >= 95, report

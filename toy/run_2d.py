@@ -44,6 +44,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def check_folder(parser: Parser, out: Path) -> None:
+    """Ends with the parser's error if nothing can be written to `out`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        parser.error(f"argument --out: cannot write to {out} ({error.strerror})")
+
+
 def parse_args() -> argparse.Namespace:
     parser = Parser(
         description=__doc__.split("\n")[0],
@@ -87,11 +96,7 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"argument --{flag}: must be {needed}, got {given}")
     if args.clip is not None and args.ema is None:
         parser.error("argument --clip: compares theta with theta^-, which differ only with --ema")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        parser.error(f"argument --out: cannot write to {args.out} ({error.strerror})")
+    check_folder(parser, args.out)
     if not args.show:
         plt.switch_backend("agg")
     elif plt.get_backend().lower() == "agg":
