@@ -45,7 +45,7 @@ def _require_groups(**tensors: Tensor) -> None:
 # preferences as a reward model is. What stands in the way is Z(c), a sum over all images.
 #
 # Eq. 1, 2, 7: DPO fits r_theta to pairs, by log sigmoid(r_theta(x_w) - r_theta(x_l)). log Z(c)
-# cancels in a difference of two: that is why DPO needs pairs, blind to how good each sample is.
+# cancels in a difference of two. So DPO needs pairs, and of a pair it sees only which is better.
 #
 # Section 3.1, Eq. 8, 9, 11: DGPO compares two sets, by their weighted sums of r_theta. log Z(c)
 # then has the coefficient beta (sum_{G+} w - sum_{G-} w), and cancels for all balanced weights.

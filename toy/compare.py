@@ -26,6 +26,7 @@ import flow2d
 import matplotlib.pyplot as plt
 import torch
 from flow2d import dgpo
+from matplotlib.axes import Axes
 from run_2d import BEST, PRETRAINING_STEPS, Parser, check_folder
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -434,19 +435,27 @@ def plot_speed(path: Path, runs: dict[str, list[Cell]], tried: dict[str, list[Ce
 
 
 def plot_sweep(path: Path, runs: dict[str, list[Cell]]) -> None:
-    """How far towards the best, how much on a mode, and how spread out: at the end, by setting."""
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), dpi=100, layout="constrained")
-    labels = ("reward", "share on a mode", "spread")
-    for axes, column, label in zip(panels, (2, 3, 4), labels, strict=True):
-        ends = [[cell["evaluations"][-1][column] for cell in cells] for cells in runs.values()]
-        mean, half = zip(*map(interval, ends), strict=True)
-        axes.errorbar(mean, range(len(ends)), xerr=half, fmt="o", color="0.2", ms=7, capsize=4)
-        axes.set_yticks(range(len(ends)), list(runs), fontsize=13)
-        axes.invert_yaxis()
-        axes.set_xlabel(f"{label} at the end", fontsize=14)
-        axes.tick_params(axis="x", labelsize=12)
-    for axes in panels[1:]:
-        axes.set_yticklabels([])
+    """By setting: the cost to arrive, and at the end the reward, share on a mode and spread."""
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.6), dpi=90, layout="constrained")
+
+    def draw(axes: Axes, label: str, values: list[list[float]]) -> None:
+        for i, found in enumerate(values):
+            if len(found) > 1:
+                mean, half = interval(found)
+                axes.errorbar(mean, i, xerr=half, fmt="o", color="0.2", ms=7, capsize=4)
+        axes.set_yticks(range(len(values)), [])
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_xlabel(label, fontsize=15)
+        axes.tick_params(axis="x", labelsize=13)
+
+    costs = [[arrival(cell)[1] / 1e6 for cell in cells if arrival(cell)] for cells in runs.values()]
+    draw(panels[0], "cost to arrive, millions", costs)
+    panels[0].set_yticklabels(list(runs), fontsize=14)
+    ends = ((2, "reward at the end"), (3, "share on a mode"), (4, "spread"))
+    for axes, (column, label) in zip(panels[1:], ends, strict=True):
+        values = [[cell["evaluations"][-1][column] for cell in cells] for cells in runs.values()]
+        draw(axes, label, values)
     figure.savefig(path)
     plt.close(figure)
 
