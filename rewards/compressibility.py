@@ -1,0 +1,24 @@
+"""JPEG compressibility (Black et al. 2024, arXiv:2305.13301): a reward that needs no weights."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def load(device: torch.device | str, model: str | None = None):
+    """Minus the size as a JPEG of quality 95, in kilobytes. `device` and `model` play no part."""
+
+    def compressibility(images: Tensor, prompts: list[dict]) -> list[float]:
+        pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+        sizes = []
+        for picture in pixels.permute(0, 2, 3, 1).numpy():
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "JPEG", quality=95)
+            sizes.append(file.tell() / 1000)
+        return [-size for size in sizes]
+
+    return compressibility

@@ -1,0 +1,30 @@
+"""Rewards of one's own, good and bad, for tests of the trainer."""
+
+import torch
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def constant(images, prompts):
+    return [1.0] * len(images)
+
+
+def nan_for_some(images, prompts):
+    scores = images.mean((1, 2, 3))
+    if len(prompts[0]["prompt"]) % 2:
+        scores[1] = float("nan")
+    return scores
+
+
+def nan_for_all(images, prompts):
+    return torch.full((len(images),), float("inf"))
+
+
+def raising(images, prompts):
+    return 1 / 0
+
+
+def too_few(images, prompts):
+    return images.mean((1, 2, 3))[1:]

@@ -1,0 +1,121 @@
+"""The rewards' interface, names and weights, and each reward on models built here."""
+
+import io
+from pathlib import Path
+
+import pytest
+import shapes
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+import rewards
+
+OWN = f"{Path(__file__).parent}/own_rewards.py"
+PROMPTS = [{"prompt": text} for text in ("a red circle", "two blue squares", "a green triangle")]
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+
+
+def test_names_are_the_files():
+    assert {"pickscore", "compressibility"} <= set(rewards.names())
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("pickscore", ("pickscore", 1.0)),
+        ("pickscore=0.8", ("pickscore", 0.8)),
+        ("pickscore=-2", ("pickscore", -2.0)),
+        (f"{OWN}:brightness", (f"{OWN}:brightness", 1.0)),
+        (f"{OWN}:brightness=3", (f"{OWN}:brightness", 3.0)),
+        ("shapes:strict", ("shapes:strict", 1.0)),
+    ],
+)
+def test_a_spec_is_a_name_and_a_weight(spec, expected):
+    assert rewards.parse(spec) == expected
+
+
+def test_a_file_is_read_and_not_run_until_it_is_loaded(tmp_path):
+    file = tmp_path / "loud.py"
+    file.write_text("raise SystemExit('was run')\ndef f(images, prompts): return []\n")
+    assert rewards.parse(f"{file}:f") == (f"{file}:f", 1.0)
+    with pytest.raises(SystemExit, match="was run"):
+        rewards.load(f"{file}:f", "cpu")
+
+
+@pytest.mark.parametrize("name", [f"{OWN}:brightness", "own_rewards:brightness"])
+def test_own_rewards_by_file_and_by_package(name, images, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert rewards.parse(name)
+    reward = rewards.load(name, "cpu")
+    assert torch.allclose(rewards.score(name, reward, images, PROMPTS), images.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda images, prompts: 1 / 0, "reward mine failed .* 'a red circle': ZeroDivisionError"),
+        (lambda images, prompts: [1.0], r"mine must return 3 scores, got \(1,\), of prompt 'a red"),
+        (lambda images, prompts: [[1.0]] * 3, r"mine must return 3 scores, got \(3, 1\)"),
+        (lambda images, prompts: ["good"] * 3, "reward mine failed"),
+    ],
+)
+def test_a_reward_that_fails_is_named(reward, message, images):
+    with pytest.raises(rewards.RewardError, match=message):
+        rewards.score("mine", reward, images, PROMPTS)
+
+
+def test_compressibility_is_minus_the_size_as_jpeg(images):
+    images[1] = 0.5
+    scores = rewards.load("compressibility", "cpu")(images, PROMPTS)
+    file = io.BytesIO()
+    pixels = (images[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    assert scores[0] == -len(file.getvalue()) / 1000
+    assert scores[1] > scores[0] and scores[1] > scores[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = shapes.clip_tokenizer([prompt["prompt"] for prompt in shapes.prompt_list()])
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small["num_attention_heads"] = 2
+    text = {
+        **small,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    clip.text_model.embeddings.token_embedding.weight.data.normal_()
+    clip.save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_pickscore_is_the_scaled_cosine(tiny_clip, images):
+    reward = rewards.load("pickscore", "cpu", str(tiny_clip))
+    clip = CLIPModel.from_pretrained(tiny_clip).eval()
+    processor = CLIPProcessor.from_pretrained(tiny_clip)
+    by_hand = []
+    for image, prompt in zip(images, PROMPTS, strict=True):
+        pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        seen = processor.image_processor(pixels, return_tensors="pt")["pixel_values"]
+        read = processor.tokenizer(prompt["prompt"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            u = clip.visual_projection(clip.vision_model(seen).pooler_output)[0]
+            v = clip.text_projection(clip.text_model(read).pooler_output)[0]
+        cosine = u @ v / u.norm() / v.norm()
+        by_hand.append(clip.logit_scale.exp().item() * cosine.item())
+    assert reward(images, PROMPTS).tolist() == pytest.approx(by_hand, rel=1e-4)
+    assert len({round(score, 4) for score in by_hand}) == 3

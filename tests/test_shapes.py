@@ -1,0 +1,86 @@
+"""The world of shapes: an exact checker, and a pipeline whose parts do what they are for."""
+
+import random
+
+import pytest
+import shapes
+import torch
+
+PROMPTS = shapes.prompt_list()
+
+
+def drawn(prompts, seed=0):
+    rng = random.Random(seed)
+    return shapes.paint([shapes.draw_scene(prompt, rng) for prompt in prompts])
+
+
+def test_every_prompt_is_there_once():
+    assert len({prompt["prompt"] for prompt in PROMPTS}) == len(PROMPTS) == 12 + 24 + 24 + 132
+
+
+def test_the_checker_is_exact_on_what_was_drawn():
+    images = drawn(PROMPTS)
+    assert shapes.strict(images, PROMPTS) == shapes.graded(images, PROMPTS) == [1.0] * len(PROMPTS)
+    assert shapes.cleanness(images, PROMPTS) == [0.0] * len(PROMPTS)
+
+
+def test_the_checker_stands_some_noise_and_the_cleanness_shows_it():
+    images = drawn(PROMPTS)
+    noisy = images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    assert shapes.strict(noisy, PROMPTS) == [1.0] * len(PROMPTS)
+    assert max(shapes.cleanness(noisy, PROMPTS)) < -0.02
+
+
+RED_CIRCLE, BLUE_SQUARE = ("red", "circle"), ("blue", "square")
+
+
+def scene(**cells):
+    return [cells.get(f"c{i}") for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("text", "seen", "grades"),
+    [
+        ("a red circle", scene(c4=RED_CIRCLE), [1, 1]),
+        ("a red circle", scene(), [0, 1]),
+        ("a red circle", scene(c4=BLUE_SQUARE), [0, 1 / 2]),
+        ("a red circle", scene(c4=RED_CIRCLE, c5=BLUE_SQUARE), [1, 1 / 2]),
+        ("a red circle", scene(c4=RED_CIRCLE, c5=RED_CIRCLE), [0, 1 / 2]),
+        ("a red circle on the left", scene(c3=RED_CIRCLE), [1, 1, 1]),
+        ("a red circle on the left", scene(c4=RED_CIRCLE), [1, 1, 0]),
+        ("a red circle on the left", scene(), [0, 1, 0]),
+        ("three red circles", scene(c0=RED_CIRCLE, c1=RED_CIRCLE), [2 / 3, 1]),
+        ("a red circle and a blue square", scene(c0=RED_CIRCLE), [1, 0, 1]),
+        ("a red circle and a blue square", scene(c0=RED_CIRCLE, c8=BLUE_SQUARE), [1, 1, 1]),
+    ],
+)
+def test_the_grades_by_hand(text, seen, grades):
+    (prompt,) = (prompt for prompt in PROMPTS if prompt["prompt"] == text)
+    assert shapes.clauses(shapes.read(shapes.paint([seen]))[0][0], prompt) == pytest.approx(grades)
+    mean = sum(grades) / len(grades)
+    assert shapes.graded(shapes.paint([seen]), [prompt]) == pytest.approx([mean])
+    assert shapes.strict(shapes.paint([seen]), [prompt]) == [float(mean == 1)]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return shapes.build(width=32, layers=2)
+
+
+@torch.no_grad()
+def test_the_vae_is_the_identity_at_8_bits(pipe):
+    images = torch.cat([drawn(PROMPTS[:20]), torch.randint(256, (4, 3, 32, 32)) / 255])
+    decoded = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+    assert torch.equal((decoded * 255).round(), (images * 255).round())
+
+
+def test_all_prompts_are_told_apart(pipe):
+    embeds, pooled = shapes.encode(pipe, [prompt["prompt"] for prompt in PROMPTS])
+    assert torch.pdist(pooled).min() > 0.05 and torch.pdist(embeds.flatten(1)).min() > 0.5
+    longest = max(len(pipe.tokenizer(prompt["prompt"])["input_ids"]) for prompt in PROMPTS)
+    assert longest <= shapes.TOKENS
+
+
+def test_pretraining_learns(pipe):
+    losses = list(shapes.pretrain(pipe, seconds=6, batch=16))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

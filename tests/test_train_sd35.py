@@ -1,0 +1,478 @@
+"""The trainer, on a tiny untrained pipeline of SD3.5's classes."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapes
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+import train_sd35
+
+ROOT = Path(__file__).parents[1]
+REWARD = f"{ROOT}/tests/own_rewards.py"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a pipeline, and its prompts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shapes.build(width=32, layers=2).save_pretrained(folder)
+    lines = [json.dumps(prompt) + "\n" for prompt in shapes.prompt_list()[:20]]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def flags(tiny, out, **changed):
+    """The command line of a run of three steps on the tiny pipeline, with other settings if any."""
+    settings = {
+        "model": tiny,
+        "train_prompts": tiny / "prompts.jsonl",
+        "output_dir": out,
+        "reward": f"{REWARD}:brightness",
+        "resolution": 32,
+        "max_sequence_length": 16,
+        "num_inference_steps": 4,
+        "train_timesteps": 2,
+        "t_min": 0.5,
+        "group_size": 4,
+        "prompts_per_step": 3,
+        "micro_batch_size": 4,
+        "rank": 4,
+        "lora_alpha": 8,
+        "max_train_steps": 3,
+        "checkpointing_steps": 2,
+        "validation_steps": 100,
+        "gradient_checkpointing": False,
+        **changed,
+    }
+    line = []
+    for name, value in settings.items():
+        if value is not None:
+            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+def run(tiny, out, **changed):
+    """The LoRA, metrics and validation pictures that a run leaves."""
+    train_sd35.train(train_sd35.parse_args(flags(tiny, out, **changed)))
+    return lora(out)
+
+
+def lora(out):
+    from safetensors.torch import load_file
+
+    return load_file(out / "pytorch_lora_weights.safetensors")
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(one, other):
+    """Of two LoRAs, relative to the size of the first."""
+    assert one.keys() == other.keys()
+    squares = [((one[k] - other[k]).square().sum(), one[k].square().sum()) for k in one]
+    return (sum(d for d, _ in squares) / sum(n for _, n in squares)).sqrt().item()
+
+
+@pytest.fixture(scope="session")
+def plain(tiny, tmp_path_factory):
+    """The run that others are compared with."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    run(tiny, out)
+    return out
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("geneval", (16, 8, 100, 0.02, 1e-2, "group", 5, 4.5, 1.0, 500, False)),
+        ("ocr", (16, 8, 100, 0.02, 1e-2, "batch", 7, 4.5, 1.0, 200, False)),
+        ("pickscore", (24, 8, 10, 0.001, 5e-2, "batch", 7, 4.5, 1.0, 200, False)),
+        ("cfg_free", (16, 8, 100, 0.02, 1e-5, "batch", 7, 1.0, 4.5, 200, False)),
+        ("cfg_free_ema", (16, 8, 2000, 0.02, 1e-5, "batch", 7, 1.0, 1.0, 200, True)),
+    ],
+)
+def test_recipes_are_the_released_settings(recipe, expected, tmp_path):
+    args = train_sd35.parse_args(["--recipe", recipe, "--output_dir", str(tmp_path / "run")])
+    names = "group_size prompts_per_step beta kl clip std".split()
+    later = "guidance_scale reference_guidance_scale old_after ema_reference".split()
+    found = [getattr(args, n) for n in names] + [len(train_sd35.trained_times(args))]
+    assert (*found, *(getattr(args, n) for n in later)) == expected
+    common = (args.learning_rate, args.rank, args.lora_alpha, args.train_timesteps)
+    assert common == (3e-4, 64, 128, 4)
+    assert (args.num_inference_steps, args.flow_shift, args.sampler) == (10, 3.0, "dpm++")
+
+
+def test_the_recipe_follows_the_reward_and_flags_win(tmp_path):
+    out = ["--output_dir", str(tmp_path / "run")]
+    own = ["--reward", f"{REWARD}:brightness"]
+    assert train_sd35.parse_args([*out, "--reward", "pickscore"]).recipe == "pickscore"
+    assert train_sd35.parse_args([*out, *own]).recipe == "pickscore"
+    args = train_sd35.parse_args([*out, *own, "--recipe", "geneval", "--beta", "7", "--kl", "0"])
+    assert (args.beta, args.kl, args.group_size) == (7, 0, 16)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_arguments_from_a_file_and_flags_win(suffix, tmp_path):
+    file = tmp_path / f"run.{suffix}"
+    settings = {"beta": 5.0, "group_size": 6, "output_dir": str(tmp_path / "run")}
+    lines = [f"{name}: {value}" for name, value in settings.items()]
+    file.write_text(json.dumps(settings) if suffix == "json" else "\n".join(lines))
+    args = train_sd35.parse_args(["--config", str(file), "--group_size", "8"])
+    assert (args.beta, args.group_size) == (5, 8)
+
+
+BAD = {
+    "--nonsense 1": "--nonsense",
+    "--reward magic": "no reward 'magic'",
+    "--reward pickscore=much": "the weight must be a number, got 'much'",
+    "--reward nowhere.py:f": "there is no file nowhere.py",
+    f"--reward {REWARD}:f": "defines no function f",
+    "--reward nopackage.x:f": "there is no package nopackage",
+    "--recipe magic": "invalid choice: 'magic'",
+    "--config {}/none.yaml": "--config: cannot read",
+    "--config {}/bad.yaml": "has no argument magic",
+    "--train_prompts {}/none.txt": "--train_prompts: cannot read",
+    "--train_prompts {}/empty.txt": "holds no prompt",
+    "--train_prompts {}/latin.txt": "is not UTF-8",
+    "--train_prompts {}/broken.jsonl": "broken.jsonl, line 2 is not JSON",
+    "--train_prompts {}/no.jsonl": 'line 1 has no "prompt"',
+    "--validation_prompts {}/none.txt": "--validation_prompts: cannot read",
+    "--group_size 1": "--group_size: must be at least 2, got 1",
+    "--prompts_per_step 0": "--prompts_per_step: must be at least 1, got 0",
+    "--resolution 500": "--resolution: must be a multiple of 16, got 500",
+    "--t_min 1": "--t_min: must be in [0, 1), got 1.0",
+    "--t_min 0.9": "only 3 of the rollout's 10 times are at least --t_min 0.9, got 4",
+    "--beta 0": "--beta: must be above 0, got 0.0",
+    "--micro_batch_size 0": "--micro_batch_size: must be at least 1, got 0",
+    "--output_dir {}/file/run": "--output_dir: cannot write to",
+    "--output_dir {}/other": "holds a run; continue it with --resume_from_checkpoint latest",
+    "--output_dir {}/other --resume_from_checkpoint latest --recipe pickscore": "has 3, got 24",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line(line, tmp_path):
+    for name, content in {
+        "bad.yaml": b"magic: 1",
+        "empty.txt": b" \n",
+        "latin.txt": "caf\xe9".encode("latin-1"),
+        "broken.jsonl": b'{"prompt": "a"}\n{"prompt"',
+        "no.jsonl": b'{"text": "a"}',
+        "file": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "other").mkdir()
+    args = line.format(tmp_path).split()
+    defaults = dataclasses.asdict(train_sd35.parse_args(["--output_dir", str(tmp_path / "x")]))
+    kept = {**defaults, "output_dir": str(tmp_path / "other"), "group_size": 3}
+    (tmp_path / "other" / "arguments.json").write_text(json.dumps(kept))
+    if "--output_dir" not in args:
+        args += ["--output_dir", str(tmp_path / "run")]
+    if "--recipe" not in args:
+        args += ["--recipe", "ocr"]
+    with pytest.raises(train_sd35.Fault) as fault:
+        train_sd35.parse_args(args)
+    assert BAD[line] in str(fault.value) and "\n" not in str(fault.value)
+
+
+def test_bad_input_ends_with_code_2_and_no_traceback(tmp_path):
+    command = [sys.executable, "train_sd35.py", "--group_size", "1", "--output_dir", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.endswith(
+        "train_sd35.py: argument --group_size: must be at least 2, got 1\n"
+    )
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_model_says_what_to_do(tiny, tmp_path):
+    with pytest.raises(train_sd35.Fault, match="cannot load .*nowhere.* or give a local folder"):
+        run(tiny, tmp_path / "run", model=tmp_path / "nowhere")
+
+
+# The steps
+
+
+def test_a_run_leaves_what_a_person_wants_to_see(plain):
+    lines = metrics(plain)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    name = f"{REWARD}:brightness"
+    for line in lines:
+        assert 0 < line["reward"] < 1 and line["reward"] == line[f"reward/{name}"]
+        assert line["reward_std"] > 0 and line["equal_groups"] == 0 and line["kl"] >= 0
+        assert 0.4 < line["gate"] < 0.6 and 0 <= line["clipped"] <= 1 and line["grad_norm"] > 0
+        parts = [line[f"seconds/{phase}"] for phase in ("rollout", "decode", "reward", "train")]
+        assert 0.5 * line["seconds"] < sum(parts) <= line["seconds"]
+        assert line["images_per_second"] == pytest.approx(12 / line["seconds"])
+    assert lines[0]["gate"] == 0.5 and lines[0]["kl"] == 0  # theta is still the reference
+    assert {f"eval/{name}", f"eval_base/{name}"} <= lines[-1].keys()
+    for file in ("curves.png", "validation/step-000003.png", "README.md", "arguments.json"):
+        assert (plain / file).stat().st_size > 100
+    assert not list(plain.glob(".*"))  # nothing half-written is left
+
+
+def test_the_lora_loads_in_diffusers_and_draws_the_trainers_own_picture(plain, tiny):
+    args = train_sd35.Arguments(**json.loads((plain / "arguments.json").read_text()))
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny, dtype=torch.float32)
+    pipe.scheduler = train_sd35.scheduler(args)
+    pipe.set_progress_bar_config(disable=True)
+    prompt = train_sd35.read_prompts(args)[1][0]["prompt"]
+    noise = torch.randn(3, 32, 32, generator=train_sd35.seeded(args.seed, train_sd35.VALIDATION, 0))
+
+    def draw():
+        output = pipe(
+            prompt,
+            latents=noise[None],
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            height=32,
+            width=32,
+            max_sequence_length=args.max_sequence_length,
+        )
+        return np.asarray(output.images[0])
+
+    grid = np.asarray(Image.open(plain / "validation" / "step-000003.png"))
+    kept = [grid[52:244:6, 192 * i : 192 * (i + 1) : 6] for i in range(2)]
+    assert np.array_equal(draw(), kept[0])
+    pipe.load_lora_weights(plain, weight_name="pytorch_lora_weights.safetensors")
+    assert np.array_equal(draw(), kept[1])
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_any_micro_batch_size_takes_the_same_steps(size, plain, tiny, tmp_path):
+    changed = run(tiny, tmp_path / "run", micro_batch_size=size)
+    assert difference(lora(plain), changed) < 1e-5
+
+
+def test_another_seed_takes_other_steps(plain, tiny, tmp_path):
+    assert difference(lora(plain), run(tiny, tmp_path / "run", seed=1)) > 1e-3
+
+
+def test_two_processes_take_the_same_steps(plain, tiny, tmp_path):
+    """Three prompts on two processes: one has two groups, the other one."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_port", str(random.randint(20_000, 40_000))]
+    command = [*launcher, "train_sd35.py", *flags(tiny, tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert difference(lora(plain), lora(tmp_path / "run")) < 1e-5
+    one, two = metrics(plain), metrics(tmp_path / "run")
+    for key in ("reward", "reward_std", "gate", "gap", "kl", "grad_norm"):
+        assert [a[key] for a in one] == pytest.approx([b[key] for b in two], rel=1e-3, abs=1e-7)
+
+
+VARIANTS = {
+    "euler": {"sampler": "euler", "t_min": 0.3},
+    "theta^- from the start": {"old_after": 0},
+    "an EMA reference": {"recipe": "cfg_free_ema"},
+    "a guided reference": {"recipe": "cfg_free"},
+    "no clip, no KL": {"clip": 0, "kl": 0},
+    "std of the group": {"std": "group"},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_run(name, plain, tiny, tmp_path):
+    changed = run(tiny, tmp_path / "run", max_train_steps=2, **VARIANTS[name])
+    assert all(value.isfinite().all() for value in changed.values())
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_gradient_checkpointing_changes_nothing(plain, tiny, tmp_path):
+    changed = run(tiny, tmp_path / "run", gradient_checkpointing=True)
+    assert difference(lora(plain), changed) < 1e-5
+
+
+def test_offline_samples_do_not_follow_the_model(tiny, tmp_path):
+    """The reference's rewards in every step, whatever the learning rate is; online not."""
+    found = {}
+    for offline in ([], ["--offline"]):
+        for rate in (1e-9, 0.1):
+            out = tmp_path / f"{offline}{rate}"
+            line = flags(tiny, out, learning_rate=rate, max_train_steps=2, validation_steps=9)
+            train_sd35.train(train_sd35.parse_args(line + offline))
+            found[bool(offline), rate] = [line["reward"] for line in metrics(out)]
+    assert found[True, 0.1] == found[True, 1e-9]
+    assert found[False, 0.1][0] == found[True, 0.1][0] and found[False, 0.1] != found[True, 0.1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_brightness_rises(seed, tiny, tmp_path):
+    settings = {"max_train_steps": 20, "learning_rate": 3e-3, "group_size": 8, "guidance_scale": 1}
+    run(tiny, tmp_path / "run", seed=seed, old_after=100, clip=0, kl=0, **settings)
+    found = [line["reward"] for line in metrics(tmp_path / "run")]
+    assert np.mean(found[-4:]) > np.mean(found[:4]) + 3 * np.std(found[:4])
+
+
+# Rewards that fail
+
+
+def test_weighted_rewards_add_up(tiny, tmp_path):
+    both = [f"{REWARD}:brightness=2", "compressibility=0.5"]
+    run(tiny, tmp_path / "run", reward=both, max_train_steps=1)
+    (line,) = metrics(tmp_path / "run")
+    total = 2 * line[f"reward/{REWARD}:brightness"] + 0.5 * line["reward/compressibility"]
+    assert line["reward"] == pytest.approx(total, abs=1e-6)
+
+
+def test_a_group_with_a_nan_takes_no_part(tiny, tmp_path, capsys):
+    run(tiny, tmp_path / "run", reward=f"{REWARD}:nan_for_some", max_train_steps=2)
+    assert [line["groups_not_finite"] > 0 for line in metrics(tmp_path / "run")].count(True) >= 1
+    assert "is nan for prompt 'a " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("nan_for_all", "no group has finite rewards"),
+        ("raising", "failed on images of prompt 'a .*': ZeroDivisionError"),
+        ("too_few", r"must return 4 scores, got \(3,\), of prompt 'a "),
+    ],
+)
+def test_a_reward_that_fails_ends_the_run_which_is_saved(function, message, tiny, tmp_path):
+    with pytest.raises(train_sd35.Fault, match=message):
+        run(tiny, tmp_path / "run", reward=f"{REWARD}:{function}")
+    assert (tmp_path / "run" / "checkpoint-0" / "complete.json").exists()
+
+
+def test_equal_rewards_are_no_step(tiny, tmp_path):
+    run(tiny, tmp_path / "run", reward=f"{REWARD}:constant", max_train_steps=1)
+    (line,) = metrics(tmp_path / "run")
+    assert line["equal_groups"] == 1 and line["gate"] is None and line["grad_norm"] == 0
+
+
+# Interruptions
+
+
+def bits(out):
+    return b"".join(value.numpy().tobytes() for _, value in sorted(lora(out).items()))
+
+
+def in_a_child(line):
+    """Runs the trainer in a copy of this process, which has all modules loaded. Returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.argv = ["train_sd35.py", *line]
+    try:
+        train_sd35.main()
+        os._exit(0)
+    except SystemExit as stop:
+        os._exit(stop.code)
+    except BaseException:
+        os._exit(99)
+
+
+LONG = {"max_train_steps": 24, "checkpointing_steps": 3, "old_after": 5, "group_size": 2}
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(tiny, out, **LONG)
+    return out
+
+
+def test_killed_ten_times_it_ends_as_if_never_killed(tiny, whole, tmp_path):
+    out, rng, killed = tmp_path / "run", random.Random(0), 0
+    line = [*flags(tiny, out, **LONG), "--resume_from_checkpoint", "latest"]
+    while True:
+        child = in_a_child(line)
+        if killed < 10:
+            before = checkpoint_count(out)
+            deadline = time.time() + 60
+            # Every second time it may come as far as a new checkpoint, so that the run advances.
+            while killed % 2 and checkpoint_count(out) == before and time.time() < deadline:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.5))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+            continue
+        assert os.WEXITSTATUS(status) == 0
+        break
+    assert killed == 10
+    assert bits(out) == bits(whole)
+    same = ("step", "reward", "gate", "gap", "kl", "clipped", "grad_norm")
+    one, other = metrics(out), metrics(whole)
+    assert [[a[k] for k in same] for a in one] == [[b[k] for k in same] for b in other]
+
+
+def checkpoint_count(out):
+    newest = train_sd35.checkpoints(out)
+    return newest[0].name if newest else ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_can_go_on(number, tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    child = in_a_child(flags(tiny, out, **{**LONG, "checkpointing_steps": 1000}))
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
+        time.sleep(0.01)
+    os.kill(child, number)
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == 130
+    (saved,) = train_sd35.checkpoints(out)
+    assert int(saved.name.split("-")[1]) == len(metrics(out))
+    run(tiny, out, **LONG, resume_from_checkpoint="latest")
+    assert bits(out) == bits(whole)
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, whole, tmp_path, capsys):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    kept = json.loads((out / "arguments.json").read_text())
+    (out / "arguments.json").write_text(json.dumps({**kept, "output_dir": str(out)}))
+    newest, *_ = train_sd35.checkpoints(out)
+    content = bytearray((newest / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "state.pt").write_bytes(content)
+    run(tiny, out, **LONG, resume_from_checkpoint="latest")
+    printed = capsys.readouterr()
+    assert f"{newest} is missing or damaged" in printed.out + printed.err
+    assert bits(out) == bits(whole) and len(metrics(out)) == LONG["max_train_steps"]
+
+
+def test_old_checkpoints_go(whole):
+    names = [path.name for path in train_sd35.checkpoints(whole)]
+    assert names == ["checkpoint-24", "checkpoint-21", "checkpoint-18"]
+
+
+# The benchmark
+
+
+def test_the_benchmark_prints_the_overhead(tiny, tmp_path, capsys):
+    train_sd35.benchmark(train_sd35.parse_args(flags(tiny, tmp_path / "run", benchmark=1)))
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:5]] == ["rollout", "decode", "train", "step"]
+    assert all(line.endswith("%") for line in printed[1:5])

@@ -1,0 +1,474 @@
+"""A world of drawn shapes with an exact checker, and a tiny pipeline of SD3.5's classes to train.
+
+    python toy/shapes.py                       builds and pretrains it: toy/out/shapes
+    python train_sd35.py --model toy/out/shapes --reward toy/shapes.py:graded ...    (see README)
+
+The pretraining captions are noisy, as the web's are: four in ten are those of another picture. So
+the model can draw what is asked for and often does not, and that is what reinforcement is for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/shapes.py` finds dgpo.py
+import dgpo  # noqa: E402
+
+SIDE, CELL = 32, 8  # a picture's, and that of one of its 3 x 3 cells, in pixels
+PATCH = 4  # the transformer's; cells are made of whole patches
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (30, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (235, 200, 30),
+}
+SHAPES = ("circle", "square", "triangle")
+SIDES = {"left": 0, "right": 2}  # the column of cells
+COUNTS = {"two": 2, "three": 3}
+BACKGROUND = (245, 245, 245)
+WRONG = 0.4  # share of wrong captions in pretraining
+TOKENS = 16  # of a prompt, at most, for each tokenizer
+KINDS = list(itertools.product(COLORS, SHAPES))
+
+
+# The world. A scene is 9 cells, each None or (color, shape), row by row.
+
+Scene = list
+
+
+def prompt_list() -> list[dict]:
+    """All prompts, as the trainer reads them: {"prompt", "task", "objects", "side"}."""
+    prompts = []
+    for color, shape in KINDS:
+        one = [[color, shape]]
+        prompts.append({"prompt": f"a {color} {shape}", "task": "single", "objects": one})
+        for side in SIDES:
+            text = f"a {color} {shape} on the {side}"
+            prompts.append({"prompt": text, "task": "position", "objects": one, "side": side})
+        for word, n in COUNTS.items():
+            text = f"{word} {color} {shape}s"
+            prompts.append({"prompt": text, "task": "count", "objects": one * n})
+    for (color, shape), (color_2, shape_2) in itertools.permutations(KINDS, 2):
+        text = f"a {color} {shape} and a {color_2} {shape_2}"
+        objects = [[color, shape], [color_2, shape_2]]
+        prompts.append({"prompt": text, "task": "two", "objects": objects})
+    return prompts
+
+
+def draw_scene(prompt: dict, rng: random.Random) -> Scene:
+    """A scene that is as the prompt says, its places at random."""
+    columns = [SIDES[prompt["side"]]] if "side" in prompt else range(3)
+    free = [3 * row + column for row in range(3) for column in columns]
+    scene: Scene = [None] * 9
+    for kind, cell in zip(prompt["objects"], rng.sample(free, len(prompt["objects"])), strict=True):
+        scene[cell] = tuple(kind)
+    return scene
+
+
+def stencil(shape: str) -> Tensor:
+    """(CELL, CELL), 1 inside, with soft edges from four samples a pixel."""
+    axis = (torch.arange(4 * CELL) + 0.5) / (4 * CELL) * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    inside = {
+        "circle": x**2 + y**2 < 0.8**2,
+        "square": (x.abs() < 0.75) & (y.abs() < 0.75),
+        "triangle": (y < 0.8) & (y > 2 * x.abs() - 0.9),
+    }[shape]
+    return inside.float().view(CELL, 4, CELL, 4).mean((1, 3))
+
+
+def templates() -> Tensor:
+    """What a cell can hold, (1 + kinds, 3, CELL, CELL) in [0, 1]: first nothing, then KINDS."""
+    background = torch.tensor(BACKGROUND)[:, None, None] / 255
+    cells = [background.expand(3, CELL, CELL)]
+    for color, shape in KINDS:
+        ink, mask = torch.tensor(COLORS[color])[:, None, None] / 255, stencil(shape)
+        cells.append(mask * ink + (1 - mask) * background)
+    return torch.stack(cells)
+
+
+TEMPLATES = templates()
+
+
+def place(cell: int) -> tuple[object, ...]:
+    """The pixels of a cell, as an index (..., rows, columns)."""
+    row, column = (PATCH + CELL * i for i in divmod(cell, 3))
+    return ..., slice(row, row + CELL), slice(column, column + CELL)
+
+
+def paint(scenes: list[Scene]) -> Tensor:
+    """Pictures (N, 3, SIDE, SIDE) in [0, 1]."""
+    images = (torch.tensor(BACKGROUND) / 255)[:, None, None].repeat(len(scenes), 1, SIDE, SIDE)
+    for image, scene in zip(images, scenes, strict=True):
+        for cell, kind in enumerate(scene):
+            if kind:
+                image[place(cell)] = TEMPLATES[1 + KINDS.index(kind)]
+    return (images * 255).round() / 255
+
+
+# The checker
+
+
+def read(images: Tensor) -> tuple[list[Scene], Tensor]:
+    """What is seen in pictures (N, 3, SIDE, SIDE), and how far off the drawing is, (N,).
+
+    A cell holds the template nearest to it. The distance is the root mean square error of the
+    picture against one drawn of what was seen: 0 for a drawn picture, high for smeared ones.
+    """
+    images = images.float().clamp(0, 1).cpu()
+    cells = torch.stack([images[place(cell)] for cell in range(9)], 1)  # (N, 9, 3, ., .)
+    nearest = torch.cdist(cells.flatten(2), TEMPLATES.flatten(1)[None]).argmin(2)  # (N, 9)
+    scenes = [[KINDS[k - 1] if k else None for k in row] for row in nearest.tolist()]
+    return scenes, (images - paint(scenes)).square().mean((1, 2, 3)).sqrt()
+
+
+def clauses(scene: Scene, prompt: dict) -> list[float]:
+    """A grade for each clause: is each kind there, as often as asked, nothing else, on the side."""
+    seen, wanted = (
+        Counter(kind for kind in scene if kind),
+        Counter(tuple(kind) for kind in prompt["objects"]),
+    )
+    grades = [max(0.0, 1 - abs(seen[kind] - n) / n) for kind, n in wanted.items()]
+    stray = sum((seen - wanted).values())
+    grades.append(1 / (1 + stray))
+    if "side" in prompt:
+        cells = [cell for cell, kind in enumerate(scene) if kind and kind in wanted]
+        column = SIDES[prompt["side"]]
+        grades.append(sum(cell % 3 == column for cell in cells) / max(1, len(cells)))
+    return grades
+
+
+def graded(images: Tensor, prompts: list[dict]) -> list[float]:
+    """A reward to train on: the mean over the clauses, 0 to 1."""
+    grades = [clauses(*pair) for pair in zip(read(images)[0], prompts, strict=True)]
+    return [sum(grade) / len(grade) for grade in grades]
+
+
+def strict(images: Tensor, prompts: list[dict]) -> list[float]:
+    """1 if every clause holds, else 0."""
+    grades = [clauses(*pair) for pair in zip(read(images)[0], prompts, strict=True)]
+    return [float(min(grade) == 1) for grade in grades]
+
+
+def cleanness(images: Tensor, prompts: list[dict]) -> list[float]:
+    """A quality nobody trains on: minus the distance from a drawing."""
+    return (-read(images)[1]).tolist()
+
+
+# The pipeline
+
+
+def clip_tokenizer(texts: list[str]):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    # Merges must be learnt: made by hand, they would split words and truncate prompts alike.
+    learnt = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learnt.normalizer = normalizers.Lowercase()
+    learnt.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learnt.train_from_iterator(texts, trainer)
+    model = json.loads(learnt.to_str())["model"]
+    return CLIPTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        pad_token="<|endoftext|>",
+        model_max_length=TOKENS,
+    )
+
+
+def t5_tokenizer(texts: list[str]):
+    from transformers import T5TokenizerFast
+
+    words = sorted({word for text in texts for word in text.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"▁{word}", -1.0) for word in words]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+
+
+def identity_vae():
+    """An AutoencoderKL whose latents are the picture itself, at 8 bits exactly: nothing to train.
+
+    Its last GroupNorm and SiLU are what stands in the way. Beside the signal s run -s and two
+    constants +-C: their mean is 0, their std C/2 but for s^2/C^2, and so the norm only divides by
+    a constant. SiLU is the identity far from 0.
+    """
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D"],
+        block_out_channels=[8],
+        layers_per_block=1,
+        latent_channels=3,
+        norm_num_groups=1,
+        sample_size=SIDE,
+        shift_factor=0.9,  # so that the background is about 0, where the noise's mean is
+        scaling_factor=2.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    constant, far = 256.0, 32.0
+    with torch.no_grad():
+        for half in (vae.encoder, vae.decoder):
+            for name, parameter in half.named_parameters():
+                if "resnets" in name and "conv2" in name:
+                    parameter.zero_()  # a residual block that adds nothing
+            for layer in (half.conv_in, half.conv_out):
+                layer.weight.zero_()
+                layer.bias.zero_()
+            for i in range(3):
+                half.conv_in.weight[i, i, 1, 1] = 1
+                half.conv_in.weight[3 + i, i, 1, 1] = -1
+                half.conv_out.weight[i, i, 1, 1] = 1
+                half.conv_out.bias[i] = -far
+            half.conv_in.bias[6], half.conv_in.bias[7] = constant, -constant
+            half.conv_norm_out.weight.fill_(constant / 2)
+            half.conv_norm_out.bias.fill_(far)
+        vae.encoder.conv_out.bias[3:] = -30  # the log-variance
+    return vae
+
+
+def build(width: int = 96, layers: int = 3):
+    """An untrained pipeline of SD3.5's classes, with three text encoders, VAE and all."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    texts = [prompt["prompt"] for prompt in prompt_list()]
+    torch.manual_seed(0)
+    clip, t5 = clip_tokenizer(texts), t5_tokenizer(texts)
+    encoders = []
+    for _ in range(2):
+        config = CLIPTextConfig(
+            vocab_size=len(clip),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            projection_dim=32,
+            bos_token_id=clip.bos_token_id,
+            eos_token_id=clip.eos_token_id,
+            pad_token_id=clip.pad_token_id,
+        )
+        encoders.append(CLIPTextModelWithProjection(config))
+        # At the default of 0.02, two prompts are almost alike to a random encoder.
+        encoders[-1].get_input_embeddings().weight.data.normal_()
+    t5_config = T5Config(
+        vocab_size=len(t5), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=SIDE,
+        patch_size=PATCH,
+        in_channels=3,
+        out_channels=3,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=width // 32,
+        joint_attention_dim=64,  # T5's, at least the sum of the two CLIPs'
+        caption_projection_dim=width,
+        pooled_projection_dim=64,  # the sum of the two CLIPs'
+        pos_embed_max_size=SIDE // PATCH,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=identity_vae(),
+        text_encoder=encoders[0],
+        tokenizer=clip,
+        text_encoder_2=encoders[1],
+        tokenizer_2=clip,
+        text_encoder_3=T5EncoderModel(t5_config),
+        tokenizer_3=t5,
+    )
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.eval()  # T5 has dropout
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def encode(pipe, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, tokens, width) and pooled ones (N, width)."""
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        texts, texts, texts, do_classifier_free_guidance=False, max_sequence_length=TOKENS
+    )
+    return embeds, pooled
+
+
+def pretrain(pipe, seconds: float, batch: int = 64):
+    """Flow matching of the transformer on noisy captions, for so many seconds. Yields the loss."""
+    prompts, rng = prompt_list(), random.Random(0)
+    torch.manual_seed(0)
+    by_task = {task: [p for p in prompts if p["task"] == task] for task in TASKS}
+    embeds, pooled = encode(pipe, ["", *(prompt["prompt"] for prompt in prompts)])
+    index = {prompt["prompt"]: i for i, prompt in enumerate(prompts, 1)}
+    optimizer = torch.optim.AdamW(pipe.transformer.parameters(), 1e-3, weight_decay=0.0)
+    averaged = [p.detach().clone() for p in pipe.transformer.parameters()]
+    start, spent = time.perf_counter(), 0.0
+    pipe.transformer.train()
+    while spent < 1:
+        rate = min(1.0, 50 * spent + 0.02) * (0.5 + 0.5 * math.cos(math.pi * spent))
+        optimizer.param_groups[0]["lr"] = 2e-3 * rate
+        shown = [rng.choice(by_task[rng.choice(TASKS)]) for _ in range(batch)]
+        told = [rng.choice(prompts) if rng.random() < WRONG else prompt for prompt in shown]
+        rows = [0 if rng.random() < 0.1 else index[prompt["prompt"]] for prompt in told]
+        x0 = paint([draw_scene(prompt, rng) for prompt in shown]) * 2 - 1
+        x0 = ((x0 - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)[:, None]
+        u, eps = torch.rand(batch, 1), torch.randn(x0.shape)
+        t = 3 * u / (1 + 2 * u)  # the shift of the sampler
+        v = pipe.transformer(
+            dgpo.diffuse(x0, eps, t)[:, 0],
+            encoder_hidden_states=embeds[rows],
+            pooled_projections=pooled[rows],
+            timestep=1000 * t[:, 0],
+            return_dict=False,
+        )[0]
+        loss = dgpo.dsm_loss(v[:, None], x0, eps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(pipe.transformer.parameters(), 1.0)
+        optimizer.step()
+        dgpo.ema_update(averaged, pipe.transformer.parameters(), 0.99)
+        spent = (time.perf_counter() - start) / seconds
+        yield loss.item()
+    with torch.no_grad():
+        for parameter, value in zip(pipe.transformer.parameters(), averaged, strict=True):
+            parameter.copy_(value)
+    pipe.transformer.eval()
+
+
+TASKS = ("single", "position", "count", "two")
+
+
+@torch.no_grad()
+def sample(pipe, prompts: list[dict], seed: int, guidance: float, steps: int) -> Tensor:
+    """A picture of each prompt (N, 3, SIDE, SIDE) in [0, 1], with the pipeline's own sampler."""
+    noise = torch.randn(len(prompts), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    images = []
+    for i in range(0, len(prompts), 48):
+        texts = [prompt["prompt"] for prompt in prompts[i : i + 48]]
+        output = pipe(
+            texts,
+            latents=noise[i : i + 48],
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            height=SIDE,
+            width=SIDE,
+            max_sequence_length=TOKENS,
+            output_type="pt",
+        )
+        images.append(output.images)
+    return torch.cat(images)
+
+
+def held_out(n: int, seed: int = 1234) -> list[dict]:
+    """n prompts of each task."""
+    rng, prompts = random.Random(seed), prompt_list()
+    return [
+        rng.choice([p for p in prompts if p["task"] == task]) for task in TASKS for _ in range(n)
+    ]
+
+
+def report(title: str, images: Tensor, prompts: list[dict]) -> None:
+    """A row: strict accuracy of all and by task, cleanness."""
+    right = torch.tensor(strict(images, prompts))
+    tasks = [prompt["task"] for prompt in prompts]
+    by_task = [right[[task == t for t in tasks]].mean().item() for task in TASKS]
+    clean = torch.tensor(cleanness(images, prompts)).mean().item()
+    columns = "".join(f"{value:>10.3f}" for value in [right.mean().item(), *by_task])
+    print(f"{title:24}{columns}{clean:>12.4f}", flush=True)
+
+
+def report_header() -> None:
+    print(
+        f"{'strict accuracy':24}{'all':>10}"
+        + "".join(f"{task:>10}" for task in TASKS)
+        + f"{'cleanness':>12}"
+    )
+
+
+def contact_sheet(path: Path, images: Tensor, columns: int) -> None:
+    """Pictures side by side, three times their size."""
+    pixels = (images * 255).round().to(torch.uint8)
+    rows = [torch.cat(list(row), 2) for row in pixels.split(columns)]
+    sheet = torch.cat(rows, 1).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(sheet)
+    picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path)
+
+
+def main() -> None:
+    from run_2d import Parser, check_folder
+
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(__file__).parent / "out" / "shapes", help="the pipeline's")
+    add("--minutes", type=float, default=8.0, help="of pretraining (default: 8)")
+    add("--lora", type=Path, help="instead of pretraining, the accuracy with this LoRA")
+    add("--guidance", type=float, default=2.0, help="in the report (default: 2)")
+    add("--steps", type=int, default=10, help="of the sampler, in the report (default: 10)")
+    add("--samples", type=int, default=96, help="of each task, in the report (default: 96)")
+    args = parser.parse_args()
+    for name in ("minutes", "steps", "samples"):
+        if getattr(args, name) <= 0:
+            parser.error(f"argument --{name}: must be above 0, got {getattr(args, name)}")
+    check_folder(parser, args.out)
+
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
+
+    if args.lora:
+        pipe = StableDiffusion3Pipeline.from_pretrained(args.out, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+    else:
+        pipe = build()
+        prompts = prompt_list()
+        lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+        (args.out / "prompts.jsonl").write_text(lines)
+        progress = tqdm(pretrain(pipe, 60 * args.minutes), "pretraining", unit=" steps")
+        for loss in progress:
+            progress.set_postfix(loss=f"{loss:.3f}")
+        pipe.save_pretrained(args.out)
+        print(f"wrote {args.out}")
+    pipe.scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    prompts = held_out(args.samples)
+    report_header()
+    images = sample(pipe, prompts, 0, args.guidance, args.steps)
+    report("base", images, prompts)
+    sheet = [i * args.samples + j for i in range(len(TASKS)) for j in range(min(12, args.samples))]
+    contact_sheet(args.out / "base.png", images[sheet], min(12, args.samples))
+    if args.lora:
+        pipe.load_lora_weights(args.lora, weight_name="pytorch_lora_weights.safetensors")
+        images = sample(pipe, prompts, 0, args.guidance, args.steps)
+        report(str(args.lora), images, prompts)
+        contact_sheet(args.lora / "after.png", images[sheet], min(12, args.samples))
+
+
+if __name__ == "__main__":
+    main()

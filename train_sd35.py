@@ -1,0 +1,1234 @@
+"""Algorithm 1 of DGPO (arXiv:2510.08425) on Stable Diffusion 3.5 Medium with LoRA.
+
+    python train_sd35.py --reward pickscore                       # one GPU
+    accelerate launch train_sd35.py --reward pickscore            # all GPUs of a machine, or more
+
+The method is dgpo.py's. This file is what surrounds it: arguments, models, the rollout, the step,
+what is logged and saved, and the loop, which is Algorithm 1. Times are those of the shifted
+schedule, in [0, 1], with 1 = pure noise; a diffusers model takes 1000 times that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import matplotlib.pyplot
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+import dgpo
+import prompts as prompt_sets
+import rewards
+
+matplotlib.use("agg")
+diffusers_logging.disable_progress_bar()
+diffusers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+# The settings of the authors' released trainer (github.com/Luo-Yihong/DGPO). t_min leaves the
+# noisiest 7 of the 10 default steps, or for GenEval 5.
+RELEASED = {
+    "group_size": 16,
+    "prompts_per_step": 8,
+    "beta": 100.0,
+    "kl": 0.02,
+    "clip": 1e-2,
+    "std": "batch",
+    "t_min": 0.6,
+    "guidance_scale": 4.5,
+    "reference_guidance_scale": 1.0,
+    "old_after": 200,
+    "ema_reference": False,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "geneval": {**RELEASED, "std": "group", "t_min": 0.8, "old_after": 500},
+    "ocr": RELEASED,
+    "pickscore": {**RELEASED, "group_size": 24, "beta": 10.0, "kl": 0.001, "clip": 5e-2},
+    "cfg_free": {
+        **RELEASED,
+        "guidance_scale": 1.0,
+        "reference_guidance_scale": 4.5,
+        "clip": 1e-5,
+    },
+    "cfg_free_ema": {
+        **RELEASED,
+        "guidance_scale": 1.0,
+        "ema_reference": True,
+        "beta": 2000.0,
+        "clip": 1e-5,
+    },
+}
+LORA_TARGETS = [
+    f"attn.{name}"
+    for name in ("add_k_proj add_q_proj add_v_proj to_add_out to_k to_q to_v to_out.0".split())
+]
+# What a run may be resumed with another value of, because it does not change the steps.
+NOT_OF_THE_STEPS = (
+    "max_train_steps micro_batch_size gradient_checkpointing checkpointing_steps "
+    "checkpoints_total_limit resume_from_checkpoint report_to validation_steps output_dir"
+).split()
+
+
+def option(default: Any, text: str, *aliases: str, **metadata: Any) -> Any:
+    metadata = {"help": text, **metadata}
+    if aliases:
+        metadata["aliases"] = list(aliases)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Arguments:
+    """Train a LoRA of Stable Diffusion 3.5 by DGPO. Defaults that are None are the recipe's."""
+
+    pretrained_model_name_or_path: str = option(
+        "stabilityai/stable-diffusion-3.5-medium", "model, by name or folder", "--model"
+    )
+    reward: list[str] = option(
+        ["pickscore"], "what to train on: name, name=weight ..., or file.py:function"
+    )
+    reward_model: list[str] = option([], "other weights for a reward: name=path ...")
+    eval_reward: list[str] = option([], "scored on the validation prompts, and never trained on")
+    recipe: str | None = option(
+        None,
+        "released settings; by default those of the reward, or pickscore's",
+        choices=list(RECIPES),
+    )
+    train_prompts: str | None = option(
+        None, ".txt (a prompt a line) or .jsonl; by default the paper's list for the reward"
+    )
+    validation_prompts: str | None = option(
+        None, "the same; by default up to 8 prompts that are taken out of the training prompts"
+    )
+    output_dir: str = option("runs/dgpo", "folder of this run")
+    seed: int = option(0, "of everything that is random")
+
+    prompts_per_step: int | None = option(None, "P: groups an optimiser step, over all processes")
+    group_size: int | None = option(None, "G: images of a prompt")
+    max_train_steps: int = option(1000, "optimiser steps")
+    micro_batch_size: int = option(
+        4, "most images in a pass; bounds the memory and changes nothing else"
+    )
+    resolution: int = option(512, "of the images, in pixels, a multiple of 16")
+    max_sequence_length: int = option(128, "of T5's tokens for a prompt")
+
+    sampler: str = option("dpm++", "of the rollout", choices=["dpm++", "euler"])
+    num_inference_steps: int = option(10, "of the rollout")
+    flow_shift: float = option(3.0, "of the sampler's schedule")
+    guidance_scale: float | None = option(None, "in the rollout; 1 is none")
+    offline: bool = option(False, "take all samples from the reference (Section 4.3)")
+
+    train_timesteps: int = option(4, "K: timesteps a group is trained at, of the rollout's own")
+    t_min: float | None = option(None, "least of them, in the shifted time of the sampler, 0 to 1")
+    beta: float | None = option(None, "steepness of the gate, S being the group's mean")
+    kl: float | None = option(None, "weight of the squared distance to the reference's velocity")
+    clip: float | None = option(None, "PPO-style clip of exp(L_old - L_theta); 0 is none")
+    std: str | None = option(
+        None,
+        "that advantages are divided by: the group's or the batch's",
+        choices=["group", "batch"],
+    )
+    reference_guidance_scale: float | None = option(None, "in the reference's velocity")
+    ema_reference: bool | None = option(None, "the old policy is the reference (cfg_free_ema)")
+    old_ema_decay: float = option(0.3, "of theta^-, which is reached at 0.001 a step")
+    old_after: int | None = option(None, "steps after which the samples come from theta^-")
+
+    rank: int = option(64, "of the LoRA")
+    lora_alpha: int = option(128, "of the LoRA")
+    learning_rate: float = option(3e-4, "of AdamW")
+    adam_weight_decay: float = option(1e-4, "of AdamW")
+    max_grad_norm: float = option(1.0, "that the gradient is clipped to")
+    ema_decay: float = option(0.9, "of the weights that are validated and saved")
+    ema_steps: int = option(8, "optimiser steps between updates of these")
+    mixed_precision: str | None = option(
+        None, "by default bf16 on a GPU, no on a CPU", choices=["no", "bf16"]
+    )
+    gradient_checkpointing: bool = option(True, "less memory, a third more time in training")
+
+    checkpointing_steps: int = option(50, "between checkpoints")
+    checkpoints_total_limit: int = option(3, "most of them to keep")
+    resume_from_checkpoint: str | None = option(None, "'latest', or a checkpoint's folder")
+    validation_steps: int = option(50, "between pictures of the validation prompts")
+    report_to: str | None = option(None, "'tensorboard' or 'wandb', besides metrics.jsonl")
+    config: str | None = option(None, "YAML or JSON file of these arguments; flags win")
+    benchmark: int = option(
+        0, "time so many steps and end; without --model, of random weights and no downloads"
+    )
+
+
+class Fault(Exception):
+    """What ends the run with one line: what is wrong, what was given, what to do."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end."""
+
+
+def parse_args(argv: list[str] | None = None) -> Arguments:
+    """The arguments, resolved and checked as far as can be without loading a model."""
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise Fault(message)
+
+    parser = Parser(Arguments)
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise Fault(f"there is no argument {unknown[0]}; --help lists them")
+    if args.config:
+        try:
+            settings = yaml.safe_load(Path(args.config).read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise Fault(f"argument --config: cannot read {args.config} ({error})") from None
+        known = {f.name for f in dataclasses.fields(Arguments)}
+        unknown = sorted(set(settings) - known) if isinstance(settings, dict) else [settings]
+        if unknown:
+            raise Fault(f"argument --config: {args.config} has no argument {unknown[0]}")
+        parser.set_defaults(**settings)
+        (args,) = parser.parse_args_into_dataclasses(argv)
+
+    name = args.reward[0].split("=")[0]
+    args.recipe = args.recipe or (name if name in RECIPES else "pickscore")
+    if args.recipe not in RECIPES:
+        raise Fault(f"argument --recipe: must be one of {', '.join(RECIPES)}, got {args.recipe}")
+    for key, value in RECIPES[args.recipe].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.mixed_precision is None:
+        args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
+    check(args)
+    return args
+
+
+def check(args: Arguments) -> None:
+    """Raises Fault at the first argument that cannot be."""
+    bounds = {
+        "group_size": (args.group_size >= 2, "at least 2"),
+        "prompts_per_step": (args.prompts_per_step >= 1, "at least 1"),
+        "max_train_steps": (args.max_train_steps >= 1, "at least 1"),
+        "micro_batch_size": (args.micro_batch_size >= 1, "at least 1"),
+        "resolution": (args.resolution > 0 and args.resolution % 16 == 0, "a multiple of 16"),
+        "num_inference_steps": (args.num_inference_steps >= 1, "at least 1"),
+        "train_timesteps": (args.train_timesteps >= 1, "at least 1"),
+        "t_min": (0 <= args.t_min < 1, "in [0, 1)"),
+        "beta": (0 < args.beta < math.inf, "above 0"),
+        "kl": (args.kl >= 0, "at least 0"),
+        "clip": (args.clip >= 0, "at least 0"),
+        "learning_rate": (args.learning_rate > 0, "above 0"),
+        "rank": (args.rank >= 1, "at least 1"),
+        "old_ema_decay": (0 <= args.old_ema_decay <= 1, "in [0, 1]"),
+        "ema_decay": (0 <= args.ema_decay <= 1, "in [0, 1]"),
+        "ema_steps": (args.ema_steps >= 1, "at least 1"),
+        "checkpointing_steps": (args.checkpointing_steps >= 1, "at least 1"),
+        "checkpoints_total_limit": (args.checkpoints_total_limit >= 1, "at least 1"),
+        "validation_steps": (args.validation_steps >= 1, "at least 1"),
+    }
+    for name, (fits, needed) in bounds.items():
+        if not fits:
+            raise Fault(f"argument --{name}: must be {needed}, got {getattr(args, name)}")
+    if args.mixed_precision == "bf16" and torch.cuda.is_available():
+        if not torch.cuda.is_bf16_supported():
+            raise Fault("argument --mixed_precision: this GPU has no bf16; give no")
+    above = trained_times(args)
+    if len(above) < args.train_timesteps:
+        raise Fault(
+            f"argument --train_timesteps: only {len(above)} of the rollout's "
+            f"{args.num_inference_steps} times are at least --t_min {args.t_min}, "
+            f"got {args.train_timesteps}"
+        )
+    flag = "reward"
+    try:
+        for flag in ("reward", "eval_reward"):
+            for spec in getattr(args, flag):
+                rewards.parse(spec)
+        flag = "train_prompts"
+        if args.train_prompts:
+            prompt_sets.read(Path(args.train_prompts))
+        flag = "validation_prompts"
+        if args.validation_prompts:
+            prompt_sets.read(Path(args.validation_prompts))
+    except ValueError as error:
+        raise Fault(f"argument --{flag}: {error}") from None
+    for spec in args.reward_model:
+        if "=" not in spec:
+            raise Fault(f"argument --reward_model: must be name=path, got {spec}")
+    out = Path(args.output_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise Fault(f"argument --output_dir: cannot write to {out} ({error.strerror})") from None
+    kept = out / "arguments.json"
+    if args.benchmark or not kept.exists():
+        return
+    if not args.resume_from_checkpoint:
+        raise Fault(
+            f"argument --output_dir: {out} holds a run; continue it with "
+            "--resume_from_checkpoint latest, or give another folder"
+        )
+    before = json.loads(kept.read_text())
+    for name, value in dataclasses.asdict(args).items():
+        if name not in NOT_OF_THE_STEPS and before.get(name) != value:
+            raise Fault(
+                f"argument --{name}: the run in {out} has {before.get(name)}, got {value}; "
+                "give what it has, or another --output_dir"
+            )
+
+
+# Models
+
+
+def scheduler(args: Arguments) -> Any:
+    """The rollout's sampler. Leaving out flow_shift would silently give an unshifted schedule."""
+    if args.sampler == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=args.flow_shift)
+    return DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=args.flow_shift
+    )
+
+
+def trained_times(args: Arguments) -> Tensor:
+    """Those of the rollout's own times that are at least t_min, noisiest first."""
+    sampler = scheduler(args)
+    sampler.set_timesteps(args.num_inference_steps)
+    times = sampler.sigmas[:-1].float()
+    return times[times >= args.t_min]
+
+
+def load_pipeline(args: Arguments) -> StableDiffusion3Pipeline:
+    """Transformer and text encoders in the run's precision, the VAE in float32."""
+    model = args.pretrained_model_name_or_path
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(
+            model, dtype={"default": dtype, "vae": torch.float32}
+        )
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise Fault(
+            f"argument --pretrained_model_name_or_path: cannot load {model} ({line}). Accept its "
+            f"licence at https://huggingface.co/{model} and log in by `hf auth login`, or give a "
+            "local folder"
+        ) from None
+    pipe.scheduler = scheduler(args)
+    pipe.set_progress_bar_config(disable=True)
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+    return pipe
+
+
+def add_lora(transformer: nn.Module, args: Arguments) -> list[nn.Parameter]:
+    """Puts a LoRA that changes nothing yet into the transformer; its parameters, in float32."""
+    torch.manual_seed(args.seed)  # the same start on every process
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=LORA_TARGETS,
+    )
+    transformer.add_adapter(config)
+    cast_training_params(transformer, dtype=torch.float32)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+@contextlib.contextmanager
+def without_lora(transformer: nn.Module) -> Iterator[None]:
+    """The transformer is the reference here."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+
+
+@contextlib.contextmanager
+def with_values(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """The LoRA has these values here. Storage is exchanged, nothing is copied."""
+
+    def exchange() -> None:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data, value.data = value.data, parameter.data
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+def seeded(*key: int) -> torch.Generator:
+    """Randomness of its own for (seed, what for, step, ...), the same on any process."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
+
+
+NOISE, TIMES, TRAINING_NOISE, ORDER, VALIDATION = range(5)  # what a seed is for
+
+
+@dataclass
+class Encoded:
+    embeds: Tensor  # (1, tokens, width)
+    pooled: Tensor  # (1, width)
+
+
+class Encoder:
+    """Text encoders that run ahead for some prompts and then leave the device."""
+
+    def __init__(self, pipe: StableDiffusion3Pipeline, args: Arguments, device: torch.device):
+        # A pipeline of its own, so that all modules of the other one stay on the device.
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        self.modules = [getattr(pipe, name) for name in names if getattr(pipe, name) is not None]
+        self.pipe = StableDiffusion3Pipeline(
+            **{**pipe.components, "transformer": None, "vae": None}
+        )
+        for name in names:
+            setattr(pipe, name, None)
+        self.length, self.device = args.max_sequence_length, device
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str], known: dict[str, Encoded]) -> dict[str, Encoded]:
+        """What these and the empty prompt become, on the CPU, each encoded once."""
+        texts = list(dict.fromkeys(["", *texts]))
+        found = {text: known[text] for text in texts if text in known}
+        for module in self.modules:
+            module.to(self.device)
+        # One by one: what a prompt becomes does not depend on the others of a batch.
+        for text in texts:
+            if text not in found:
+                embeds, _, pooled, _ = self.pipe.encode_prompt(
+                    text,
+                    text,
+                    text,
+                    device=self.device,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self.length,
+                )
+                found[text] = Encoded(embeds.float().cpu(), pooled.float().cpu())
+        for module in self.modules:
+            module.to("cpu")
+        return found
+
+
+# The steps of Algorithm 1
+
+
+@dataclass
+class Trainer:
+    """What the steps need. No step changes any of it but the LoRA's values and gradients."""
+
+    args: Arguments
+    accelerator: Accelerator
+    pipe: StableDiffusion3Pipeline
+    parameters: list[nn.Parameter]  # theta
+    old: list[Tensor]  # theta^-
+    ema: list[Tensor]  # theta's average that is validated and saved
+    check_signal: Callable[[], None]
+    encoded: dict[str, Encoded] = field(default_factory=dict)  # prompts at hand
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def embedding(self, text: str) -> Encoded:
+        found = self.encoded[text]
+        return Encoded(found.embeds.to(self.device), found.pooled.to(self.device))
+
+    def sample(self, text: str, noise: Tensor, steps: int, guidance: float) -> Tensor:
+        """Latents (N, C, h, w) by the deterministic sampler, from noise of that shape."""
+        prompt, empty = self.embedding(text), self.embedding("")
+        parts = []
+        for x in noise.split(self.args.micro_batch_size):
+            self.check_signal()
+            expand = [len(x), -1, -1]
+            with self.accelerator.autocast():
+                output = self.pipe(
+                    prompt_embeds=prompt.embeds.expand(expand),
+                    pooled_prompt_embeds=prompt.pooled.expand(expand[:2]),
+                    negative_prompt_embeds=empty.embeds.expand(expand),
+                    negative_pooled_prompt_embeds=empty.pooled.expand(expand[:2]),
+                    latents=x.to(self.device),
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    height=self.args.resolution,
+                    width=self.args.resolution,
+                    output_type="latent",
+                )
+            parts.append(output.images)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1]."""
+        vae, parts = self.pipe.vae, []
+        for x in latents.split(self.args.micro_batch_size):
+            self.check_signal()
+            x = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+            parts.append((vae.decode(x, return_dict=False)[0] / 2 + 0.5).clamp(0, 1))
+        return torch.cat(parts)
+
+    def noise(self, *key: int) -> Tensor:
+        """eps (C, h, w) on the CPU, from its own seed."""
+        side = self.args.resolution // self.pipe.vae_scale_factor
+        shape = (self.pipe.transformer.config.in_channels, side, side)
+        return torch.randn(shape, generator=seeded(self.args.seed, *key))
+
+    def rollout(self, step: int, p: int, text: str) -> Tensor:
+        """Line 4: a group's latents (G, C, h, w), by theta^-, or offline by the reference."""
+        args = self.args
+        noise = torch.stack([self.noise(NOISE, step, p, g) for g in range(args.group_size)])
+        if args.offline:
+            actor = without_lora(self.pipe.transformer)
+        elif step >= args.old_after:
+            actor = with_values(self.parameters, self.old)
+        else:
+            actor = contextlib.nullcontext()
+        with actor:
+            return self.sample(text, noise, args.num_inference_steps, args.guidance_scale)
+
+    def velocity(self, text: str, guidance: float = 1.0) -> dgpo.Velocity:
+        """The transformer as (x_t (B, C, h, w), t (B,), p (B,)) -> v, for one prompt."""
+        encoded = [self.embedding(text)]
+        if guidance != 1:
+            encoded.append(self.embedding(""))
+
+        def v(x: Tensor, t: Tensor, p: Tensor) -> Tensor:
+            self.check_signal()
+            n, copies = len(x), len(encoded)
+            with self.accelerator.autocast():
+                output = self.pipe.transformer(
+                    hidden_states=x.repeat(copies, 1, 1, 1),
+                    timestep=1000 * t.repeat(copies),
+                    encoder_hidden_states=torch.cat([e.embeds.expand(n, -1, -1) for e in encoded]),
+                    pooled_projections=torch.cat([e.pooled.expand(n, -1) for e in encoded]),
+                    return_dict=False,
+                )[0].float()
+            if copies == 1:
+                return output
+            conditional, unconditional = output.chunk(2)
+            return unconditional + guidance * (conditional - unconditional)
+
+        return v
+
+    def backward_group(
+        self, step: int, p: int, text: str, x0: Tensor, advantages: Tensor
+    ) -> dict[str, Tensor]:
+        """Lines 9 to 13 for one group at K times: adds its share of the step's gradient.
+
+        x0: (G, C, h, w), advantages: (G,). The times are one draw for all groups of the step, and
+        each has its own eps, shared by the group.
+        """
+        args, K = self.args, self.args.train_timesteps
+        times = trained_times(args)
+        chosen = torch.randperm(len(times), generator=seeded(args.seed, TIMES, step))[:K]
+        eps = torch.stack([self.noise(TRAINING_NOISE, step, p, k) for k in range(K)])
+        theta = self.velocity(text)
+        guided = self.velocity(text, args.reference_guidance_scale)
+
+        def old(*inputs: Tensor) -> Tensor:
+            with with_values(self.parameters, self.old):
+                return theta(*inputs)
+
+        def reference(*inputs: Tensor) -> Tensor:
+            if args.ema_reference:
+                with with_values(self.parameters, self.old):
+                    return guided(*inputs)
+            with without_lora(self.pipe.transformer):
+                return guided(*inputs)
+
+        return dgpo.backward_group_loss(
+            theta,
+            reference,
+            x0.float().expand(K, *x0.shape),
+            eps[:, None].to(self.device),
+            times[chosen][:, None].to(self.device),
+            advantages.to(self.device).expand(K, -1),
+            args.beta / args.group_size,
+            # A mean over all groups of the step, of which this is one.
+            scale=1 / args.beta / args.prompts_per_step,
+            kl=args.kl / args.prompts_per_step,
+            clip=args.clip or None,
+            velocity_old=old if args.clip else None,
+            micro_batch=args.micro_batch_size,
+        )
+
+    def reduce_gradients(self) -> None:
+        """The sum over processes, in one exchange for the step."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:  # no group of this process had a preference
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
+        flat = self.accelerator.reduce(flat, "sum")
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, grad in zip(self.parameters, flat.split(sizes), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+
+def prompts_of_step(prompts: list[dict], args: Arguments, step: int) -> list[dict]:
+    """Line 3: P prompts. The set is gone through in an order of its own in every epoch."""
+    chosen = []
+    for i in range(step * args.prompts_per_step, (step + 1) * args.prompts_per_step):
+        epoch, position = divmod(i, len(prompts))
+        order = torch.randperm(len(prompts), generator=seeded(args.seed, ORDER, epoch))
+        chosen.append(prompts[order[position]])
+    return chosen
+
+
+def group_advantages(scores: Tensor, std: str) -> tuple[Tensor, Tensor]:
+    """Lines 6 and 7: advantages (P, G) of rewards (P, G), and which groups have any (P,).
+
+    A group with a reward that is not finite takes no part, also not in the batch's std.
+    """
+    finite = scores.isfinite().all(1)
+    advantages = torch.zeros_like(scores)
+    if finite.any():
+        advantages[finite] = dgpo.group_advantages(scores[finite], std, eps=1e-4)
+    return advantages, (advantages != 0).any(1)
+
+
+# What a run leaves on disk
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes aside and renames, so that there is never half a file."""
+    new = path.with_name(f".{os.getpid()}-{path.name}")  # keeps the suffix, which says the format
+    write(new)
+    os.replace(new, path)
+
+
+def save_lora(trainer: Trainer, folder: Path) -> None:
+    """The averaged LoRA as pytorch_lora_weights.safetensors, for load_lora_weights of diffusers."""
+    transformer = trainer.pipe.transformer
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        with with_values(trainer.parameters, trainer.ema):
+            StableDiffusion3Pipeline.save_lora_weights(
+                aside,
+                transformer_lora_layers=get_peft_model_state_dict(transformer),
+                # Without this, the LoRA would be loaded at scale 1 instead of alpha / rank.
+                transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+            )
+        (name,) = os.listdir(aside)
+        os.replace(Path(aside) / name, folder / name)
+
+
+def save_checkpoint(trainer: Trainer, state: dict[str, Any], metrics: Path) -> None:
+    """checkpoint-<step>, complete or not there at all; the oldest beyond the limit go."""
+    out = Path(trainer.args.output_dir)
+    folder = out / f"checkpoint-{state['step']}"
+    if folder.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=out, prefix=".checkpoint-") as aside:
+        new = Path(aside) / folder.name
+        new.mkdir()
+        torch.save(state, new / "state.pt")
+        save_lora(trainer, new)
+        digest = hashlib.sha256((new / "state.pt").read_bytes()).hexdigest()
+        size = metrics.stat().st_size if metrics.exists() else 0
+        (new / "complete.json").write_text(json.dumps({"sha256": digest, "metrics_bytes": size}))
+        os.replace(new, folder)
+    for old in checkpoints(out)[trainer.args.checkpoints_total_limit :]:
+        shutil.rmtree(old)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The newest first."""
+    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], int]:
+    """The state, and the bytes of metrics.jsonl that belong to it. Raises Fault if damaged."""
+    try:
+        complete = json.loads((folder / "complete.json").read_text())
+        content = (folder / "state.pt").read_bytes()
+        if hashlib.sha256(content).hexdigest() != complete["sha256"]:
+            raise ValueError("its checksum is another")
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        return state, complete["metrics_bytes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Fault(f"checkpoint {folder} is missing or damaged ({error})") from None
+
+
+def newest_checkpoint(args: Arguments) -> tuple[dict[str, Any] | None, int]:
+    """What --resume_from_checkpoint asks for; of 'latest', the newest that is not damaged."""
+    if args.resume_from_checkpoint != "latest":
+        return load_checkpoint(Path(args.resume_from_checkpoint))
+    for folder in checkpoints(Path(args.output_dir)):
+        try:
+            return load_checkpoint(folder)
+        except Fault as fault:
+            tqdm.write(f"{fault}: taking the one before")
+            folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
+    return None, 0
+
+
+def plot_curves(metrics: Path, path: Path) -> None:
+    """curves.png: what a person wants to see of metrics.jsonl."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    panels = {
+        "reward": ["reward"],
+        "reward's std in a group": ["reward_std"],
+        "gate": ["gate"],
+        "share clipped, of equal groups": ["clipped", "equal_groups"],
+        "KL (squared velocity)": ["kl"],
+        "validation": sorted({key for line in lines for key in line if key.startswith("eval")}),
+    }
+    figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(14, 7), dpi=80, layout="constrained")
+    styles = ("-", "--", "-.", ":")
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+        for i, key in enumerate(keys):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            axis.plot(*zip(*points, strict=True), styles[i % 4], label=key) if points else None
+        axis.set_title(title, fontsize=15)
+        axis.tick_params(labelsize=12)
+        if len(keys) > 1:
+            axis.legend(fontsize=11, frameon=False)
+    figure.supxlabel("optimiser step", fontsize=15)
+    replace_file(path, figure.savefig)
+    matplotlib.pyplot.close(figure)
+
+
+def draw_grid(path: Path, texts: list[str], base: Tensor, now: Tensor, title: str) -> None:
+    """Rows: prompts. Columns: base | now, from the same noise."""
+    side, line = base.shape[-1], 26
+    scale = max(1, 192 // side)  # so that small pictures can be looked at
+    side *= scale
+    grid = Image.new("RGB", (2 * side, (side + line) * len(texts) + line), "white")
+    draw = ImageDraw.Draw(grid)
+    draw.text((4, 4), f"base | {title}", fill="black", font_size=16)
+    for row, text in enumerate(texts):
+        y = line + row * (side + line)
+        while draw.textlength(text, font_size=14) > 2 * side - 8 and len(text) > 1:
+            text = text[:-2] + "…"
+        draw.text((4, y + 4), text, fill="black", font_size=14)
+        for column, images in enumerate((base, now)):
+            pixels = (images[row] * 255).round().to("cpu", torch.uint8).permute(1, 2, 0).numpy()
+            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            grid.paste(picture, (column * side, y + line))
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, grid.save)
+
+
+def write_card(trainer: Trainer, metrics: Path) -> None:
+    """README.md, the model card."""
+    args, out = trainer.args, Path(trainer.args.output_dir)
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    settings = "".join(f"{k}: {v}\n" for k, v in dataclasses.asdict(args).items())
+    reward = " ".join(args.reward)
+    text = f"""---
+base_model: {args.pretrained_model_name_or_path}
+library_name: diffusers
+tags: [lora, dgpo, sd3]
+---
+A LoRA trained by DGPO (arXiv:2510.08425) in {last["step"]} steps on the reward {reward}.
+
+```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained(
+    "{args.pretrained_model_name_or_path}", torch_dtype=torch.bfloat16
+)
+pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
+```
+
+Mean reward in the last step: {last["reward"]:.4g}. Settings:
+
+```
+{settings}```
+
+![curves](curves.png)
+"""
+    replace_file(out / "README.md", lambda new: new.write_text(text))
+
+
+# The run
+
+
+class Clock:
+    """Seconds in each phase of a step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def take_step(
+    trainer: Trainer,
+    optimizer: torch.optim.Optimizer,
+    scorers: dict[str, tuple[float, rewards.Reward]],
+    chosen: list[dict],
+    step: int,
+) -> dict[str, Any]:
+    """Lines 3 to 14 of Algorithm 1. Returns the step's metrics, on every process.
+
+    chosen: the step's prompts. A process takes every N-th of them, whole groups. Raises Fault if a
+    reward fails, or no group has rewards that are finite.
+    """
+    args, accelerator, clock = trainer.args, trainer.accelerator, Clock(trainer.device)
+    start = time.perf_counter()
+    mine = range(accelerator.process_index, len(chosen), accelerator.num_processes)
+    optimizer.zero_grad()
+
+    with clock("rollout"):  # line 4
+        latents = {p: trainer.rollout(step, p, chosen[p]["prompt"]) for p in mine}
+    rows = []
+    for p in mine:  # line 6
+        with clock("decode"):
+            images = trainer.decode(latents[p])
+        with clock("reward"):
+            repeated = [chosen[p]] * args.group_size
+            try:
+                scores = {
+                    name: rewards.score(name, reward, images, repeated).tolist()
+                    for name, (_, reward) in scorers.items()
+                }
+            except rewards.RewardError as error:
+                scores = str(error)
+        rows.append((p, scores))
+    rows = [scores for _, scores in sorted(gather_object(rows), key=lambda row: row[0])]
+    errors = [scores for scores in rows if isinstance(scores, str)]
+    if errors:
+        raise Fault(errors[0])
+    by_name = {name: torch.tensor([row[name] for row in rows]) for name in scorers}  # (P, G) each
+    for name, values in by_name.items():
+        for p, g in (~values.isfinite()).nonzero().tolist()[:1]:
+            tqdm.write(
+                f"step {step}: reward {name} is {values[p, g]} for prompt "
+                f"{chosen[p]['prompt']!r}, sample {g}; such groups take no part"
+            )
+    total = sum(weight * by_name[name] for name, (weight, _) in scorers.items())
+    finite = total.isfinite().all(1)
+    if not finite.any():
+        raise Fault(f"step {step}: no group has finite rewards; the run is saved, mend the reward")
+
+    with clock("train"):
+        advantages, active = group_advantages(total, args.std)  # line 7
+        groups = [
+            trainer.backward_group(step, p, chosen[p]["prompt"], latents[p], advantages[p])
+            for p in mine
+            if active[p]
+        ]
+        trainer.reduce_gradients()
+        grad_norm = nn.utils.clip_grad_norm_(trainer.parameters, args.max_grad_norm).item()
+        if math.isfinite(grad_norm):
+            optimizer.step()  # line 14
+
+    names = ("loss", "gap", "gate", "kl", "clipped")
+    found = gather_object([[group[name].mean().item() for name in names] for group in groups])
+    means = torch.tensor(found).mean(0).tolist() if found else [None] * len(names)
+    seconds = time.perf_counter() - start
+    values = total[finite]
+    metrics = {
+        "step": step + 1,
+        "reward": values.mean().item(),
+        "reward_std": values.std(1, correction=0).mean().item(),
+        **{f"reward/{name}": by_name[name][finite].mean().item() for name in scorers},
+        **{f"reward_std/{name}": by_name[name][finite].std().item() for name in scorers},
+        "equal_groups": (finite & ~active).float().mean().item(),
+        "groups_not_finite": (~finite).float().mean().item(),
+        **dict(zip(names, means, strict=True)),
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "seconds": seconds,
+        **{f"seconds/{phase}": value for phase, value in clock.seconds.items()},
+        **{f"share/{phase}": value / seconds for phase, value in clock.seconds.items()},
+        "images_per_second": total.numel() / seconds,
+    }
+    if trainer.device.type == "cuda":
+        metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(trainer.device) / 1e9
+    return metrics
+
+
+def follow(trainer: Trainer, step: int) -> None:
+    """Line 15: theta^- follows theta, and so does, more seldom, the average that is saved."""
+    args = trainer.args
+    dgpo.ema_update(trainer.old, trainer.parameters, min(args.old_ema_decay, 0.001 * step))
+    if (step + 1) % args.ema_steps == 0:
+        dgpo.ema_update(trainer.ema, trainer.parameters, args.ema_decay)
+
+
+def render(trainer: Trainer, prompts: list[dict]) -> Tensor:
+    """A validation picture of each prompt, from noise that is the same at every call."""
+    args = trainer.args
+    latents = [
+        trainer.sample(
+            prompt["prompt"],
+            trainer.noise(VALIDATION, i)[None],
+            args.num_inference_steps,
+            args.guidance_scale,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    return torch.cat([trainer.decode(latent) for latent in latents])
+
+
+def load_scorers(args: Arguments, device: torch.device, specs: list[str]) -> dict[str, Any]:
+    models = dict(spec.split("=", 1) for spec in args.reward_model)
+    scorers = {}
+    for spec in specs:
+        name, weight = rewards.parse(spec)
+        try:
+            scorers[name] = weight, rewards.load(name, device, models.get(name))
+        except (OSError, ImportError, ValueError, AttributeError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise Fault(f"argument --reward: cannot load {name} ({line})") from None
+    return scorers
+
+
+def read_prompts(args: Arguments) -> tuple[list[dict], list[dict]]:
+    """Training prompts, and validation prompts that are not among them."""
+    if args.train_prompts:
+        training = prompt_sets.read(Path(args.train_prompts))
+    else:
+        wanted = args.recipe if args.recipe in prompt_sets.LISTS else "pickscore"
+        try:
+            training = prompt_sets.read(prompt_sets.fetch(wanted))
+        except ValueError as error:
+            raise Fault(f"argument --train_prompts: {error}") from None
+    if args.validation_prompts:
+        return training, prompt_sets.read(Path(args.validation_prompts))
+    held_out = min(8, len(training) // 8)
+    if not held_out:
+        return training, training[:1]
+    return training[:-held_out], training[-held_out:]
+
+
+class Signals:
+    """Remembers SIGINT and SIGTERM until the micro-batch is finished."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.remember)
+
+    def remember(self, number: int, frame: object) -> None:
+        self.received = number
+
+    def check(self) -> None:
+        if self.received:
+            raise Stopped
+
+
+def launch(args: Arguments) -> Accelerator:
+    """One of the processes that torchrun or accelerate has started; with neither, the only one."""
+    no_gpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return Accelerator(
+        cpu=no_gpu,  # or else several processes on a CPU would not find each other
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+    )
+
+
+def build(args: Arguments, accelerator: Accelerator, pipe: StableDiffusion3Pipeline) -> Trainer:
+    device = accelerator.device
+    pipe.transformer.to(device)
+    pipe.vae.to(device)
+    parameters = add_lora(pipe.transformer, args)
+    old, ema = ([p.detach().clone() for p in parameters] for _ in range(2))
+    return Trainer(args, accelerator, pipe, parameters, old, ema, Signals().check)
+
+
+def train(args: Arguments) -> None:
+    """Algorithm 1, from the first step or a checkpoint to the last, and what it leaves on disk."""
+    training, validation = read_prompts(args)
+    accelerator = launch(args)
+    out, main = Path(args.output_dir), accelerator.is_main_process
+    metrics_file = out / "metrics.jsonl"
+    pipe = load_pipeline(args)
+    encode = Encoder(pipe, args, accelerator.device)
+    trainer = build(args, accelerator, pipe)
+    optimizer = torch.optim.AdamW(
+        trainer.parameters, args.learning_rate, weight_decay=args.adam_weight_decay
+    )
+    scorers = load_scorers(args, accelerator.device, args.reward)
+    judges = load_scorers(args, accelerator.device, args.eval_reward)
+
+    done, bad_steps = 0, 0
+    if args.resume_from_checkpoint:
+        state, size = newest_checkpoint(args)
+        if state is not None:
+            done, bad_steps = state["step"], state["bad_steps"]
+            for name in ("parameters", "old", "ema"):
+                for target, value in zip(getattr(trainer, name), state[name], strict=True):
+                    target.data.copy_(value)
+            optimizer.load_state_dict(state["optimizer"])
+        if main and metrics_file.exists() and metrics_file.stat().st_size > size:
+            os.truncate(metrics_file, size)  # what came after is about to be done again
+    if main:
+        text = json.dumps(dataclasses.asdict(args), indent=1)
+        replace_file(out / "arguments.json", lambda new: new.write_text(text))
+    if args.report_to:
+        accelerator.init_trackers("dgpo", {k: str(v) for k, v in vars(args).items()})
+
+    def save() -> None:
+        if main:
+            state = {
+                "step": done,
+                "bad_steps": bad_steps,
+                "parameters": [p.detach().cpu() for p in trainer.parameters],
+                "old": trainer.old,
+                "ema": trainer.ema,
+                "optimizer": optimizer.state_dict(),
+            }
+            save_checkpoint(trainer, state, metrics_file)
+
+    def validate(base: Tensor) -> dict[str, float]:
+        with with_values(trainer.parameters, trainer.ema):
+            now = render(trainer, validation)
+        texts = [prompt["prompt"] for prompt in validation]
+        name = f"step-{done:06d}"
+        draw_grid(out / "validation" / f"{name}.png", texts, base, now, name)
+        return {
+            f"eval{of}/{name}": rewards.score(name, reward, images, validation).mean().item()
+            for name, (_, reward) in {**scorers, **judges}.items()
+            for of, images in (("_base", base), ("", now))
+        }
+
+    steps = range(done, args.max_train_steps)
+    progress = tqdm(
+        steps, "DGPO", args.max_train_steps, initial=done, disable=not main, dynamic_ncols=True
+    )
+    base = None
+    try:
+        for step in progress:  # line 1
+            chosen = prompts_of_step(training, args, step)  # line 3
+            texts = [prompt["prompt"] for prompt in chosen]
+            if any(text not in trainer.encoded for text in ["", *texts]):
+                ahead = range(step, min(step + 16, args.max_train_steps))
+                texts = [p["prompt"] for s in ahead for p in prompts_of_step(training, args, s)]
+                texts += [prompt["prompt"] for prompt in validation]
+                trainer.encoded = encode(texts, trainer.encoded)
+            if main and base is None:
+                with without_lora(pipe.transformer):
+                    base = render(trainer, validation)
+
+            metrics = take_step(trainer, optimizer, scorers, chosen, step)  # lines 4 to 14
+            bad_steps = 0 if metrics["grad_norm"] is not None else bad_steps + 1
+            if not bad_steps:
+                follow(trainer, step)  # line 15
+            done = step + 1
+
+            last = done == args.max_train_steps
+            if main:
+                if done % args.validation_steps == 0 or last:
+                    metrics.update(validate(base))
+                with metrics_file.open("a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+                if done % args.validation_steps == 0 or last:
+                    plot_curves(metrics_file, out / "curves.png")
+                gate = "-" if metrics["gate"] is None else f"{metrics['gate']:.3f}"
+                progress.set_postfix(reward=f"{metrics['reward']:.4g}", gate=gate)
+            if args.report_to:
+                numbers = {k: v for k, v in metrics.items() if v is not None}
+                accelerator.log(numbers, step=done)
+            if bad_steps == 5:
+                raise Fault(
+                    "five steps in a row had a gradient that is not finite; lower "
+                    "--learning_rate, or look at the rewards"
+                )
+            if done % args.checkpointing_steps == 0 or last:
+                save()
+    except (Stopped, Fault):
+        save()
+        raise
+    if main:
+        save_lora(trainer, out)
+        write_card(trainer, metrics_file)
+        tqdm.write(f"wrote {out / 'pytorch_lora_weights.safetensors'}")
+    accelerator.end_training()
+
+
+# The benchmark
+
+
+def random_pipeline(args: Arguments) -> StableDiffusion3Pipeline:
+    """Transformer and VAE of SD3.5 Medium's geometry with random weights, without text encoders."""
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        transformer = SD3Transformer2DModel(
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=24,
+            attention_head_dim=64,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            caption_projection_dim=1536,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ).to(dtype)
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[128, 256, 512, 512],
+            layers_per_block=2,
+            latent_channels=16,
+            sample_size=1024,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    encoders = {name + i: None for name in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler(args), **encoders
+    )
+    transformer.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def bare_passes(trainer: Trainer, text: str) -> dict[str, float]:
+    """Seconds of a group's network passes by themselves: the same batches, nothing around them."""
+    args, transformer, clock = trainer.args, trainer.pipe.transformer, Clock(trainer.device)
+    side = args.resolution // trainer.pipe.vae_scale_factor
+    shape = (args.group_size, transformer.config.in_channels, side, side)
+    x0 = torch.randn(shape, device=trainer.device)
+    found = trainer.embedding(text)
+
+    def forward(x: Tensor, guidance: float) -> Tensor:
+        n = len(x) * (1 if guidance == 1 else 2)
+        with trainer.accelerator.autocast():
+            return transformer(
+                hidden_states=x.repeat(n // len(x), 1, 1, 1),
+                timestep=torch.full((n,), 800.0, device=x.device),
+                encoder_hidden_states=found.embeds.expand(n, -1, -1),
+                pooled_projections=found.pooled.expand(n, -1),
+                return_dict=False,
+            )[0]
+
+    batches = x0.split(args.micro_batch_size)
+    with clock("rollout"), torch.no_grad():
+        for x in batches:
+            for _ in range(args.num_inference_steps):
+                forward(x, args.guidance_scale)
+    with clock("decode"):
+        trainer.decode(x0)
+    with clock("train"):
+        for x in batches * args.train_timesteps:
+            with torch.no_grad():
+                with without_lora(transformer):
+                    forward(x, args.reference_guidance_scale)
+                for _ in range(bool(args.clip) + (len(batches) > 1)):  # theta^-, and theta for S
+                    forward(x, 1.0)
+            forward(x, 1.0).float().mean().backward()
+    return clock.seconds
+
+
+def benchmark(args: Arguments) -> None:
+    """Times --benchmark steps against their bare network passes, in one run."""
+    accelerator = launch(args)
+    texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
+    if args.pretrained_model_name_or_path == Arguments.pretrained_model_name_or_path:
+        pipe = random_pipeline(args)
+        tokens = 77 + args.max_sequence_length
+        encoded = {
+            text: Encoded(torch.randn(1, tokens, 4096), torch.randn(1, 2048)) for text in texts
+        }
+    else:
+        pipe = load_pipeline(args)
+        encoded = Encoder(pipe, args, accelerator.device)(texts, {})
+    trainer = build(args, accelerator, pipe)
+    trainer.encoded = encoded
+    optimizer = torch.optim.AdamW(trainer.parameters, args.learning_rate)
+    scorers = {"random": (1.0, lambda images, prompts: torch.rand(len(images)))}
+    chosen = [{"prompt": text} for text in texts[1:]]
+    groups = len(range(accelerator.process_index, len(chosen), accelerator.num_processes))
+
+    take_step(trainer, optimizer, scorers, chosen, 0)  # warm
+    bare_passes(trainer, texts[1])
+    steps, bare = [], []
+    for step in range(1, args.benchmark + 1):
+        steps.append(take_step(trainer, optimizer, scorers, chosen, step))
+        bare.append({k: groups * v for k, v in bare_passes(trainer, texts[1]).items()})
+    if not accelerator.is_main_process:
+        return
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    print(f"{'seconds a step':16}{'ours':>10}{'bare passes':>14}{'overhead':>10}")
+    for phase in (*bare[0], "step"):
+        ours = mean([m["seconds" if phase == "step" else f"seconds/{phase}"] for m in steps])
+        alone = mean([sum(b.values()) if phase == "step" else b[phase] for b in bare])
+        print(f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}")
+    print(f"{mean([m['images_per_second'] for m in steps]):.3f} images a second trained on")
+    if "peak_memory_gb" in steps[-1]:
+        print(f"{steps[-1]['peak_memory_gb']:.2f} GB at most")
+
+
+def main() -> None:
+    try:
+        args = parse_args()
+        benchmark(args) if args.benchmark else train(args)
+    except Fault as fault:
+        print(f"train_sd35.py: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped:
+        print(
+            "train_sd35.py: stopped, and saved; continue with --resume_from_checkpoint latest",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        line = str(error).splitlines()[0]
+        print(
+            f"train_sd35.py: out of memory ({line}); lower --micro_batch_size, which does not "
+            "change the result",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
