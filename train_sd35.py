@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
+
 import matplotlib.pyplot
 import numpy as np
 import torch
@@ -112,7 +114,7 @@ def option(default: Any, text: str, *aliases: str, **metadata: Any) -> Any:
 
 @dataclass
 class Arguments:
-    """Train a LoRA of Stable Diffusion 3.5 by DGPO. Defaults that are None are the recipe's."""
+    """Train a LoRA of Stable Diffusion 3.5 by DGPO. Where the default is None, a recipe has it."""
 
     pretrained_model_name_or_path: str = option(
         "stabilityai/stable-diffusion-3.5-medium", "model, by name or folder", "--model"
@@ -292,8 +294,8 @@ def check(args: Arguments) -> None:
     except OSError as error:
         raise Fault(f"argument --output_dir: cannot write to {out} ({error.strerror})") from None
     kept = out / "arguments.json"
-    if args.benchmark or not kept.exists():
-        return
+    if args.benchmark or not kept.exists() or os.environ.get("RANK", "0") != "0":
+        return  # of several processes, the first one speaks, before it writes there
     if not args.resume_from_checkpoint:
         raise Fault(
             f"argument --output_dir: {out} holds a run; continue it with "
@@ -458,6 +460,7 @@ class Trainer:
     parameters: list[nn.Parameter]  # theta
     old: list[Tensor]  # theta^-
     ema: list[Tensor]  # theta's average that is validated and saved
+    times: Tensor  # that a group may be trained at
     check_signal: Callable[[], None]
     encoded: dict[str, Encoded] = field(default_factory=dict)  # prompts at hand
 
@@ -554,8 +557,8 @@ class Trainer:
         each has its own eps, shared by the group.
         """
         args, K = self.args, self.args.train_timesteps
-        times = trained_times(args)
-        chosen = torch.randperm(len(times), generator=seeded(args.seed, TIMES, step))[:K]
+        order = torch.randperm(len(self.times), generator=seeded(args.seed, TIMES, step))
+        t = self.times[order[:K], None]  # (K, 1)
         eps = torch.stack([self.noise(TRAINING_NOISE, step, p, k) for k in range(K)])
         theta = self.velocity(text)
         guided = self.velocity(text, args.reference_guidance_scale)
@@ -576,7 +579,7 @@ class Trainer:
             reference,
             x0.float().expand(K, *x0.shape),
             eps[:, None].to(self.device),
-            times[chosen][:, None].to(self.device),
+            t.to(self.device),
             advantages.to(self.device).expand(K, -1),
             args.beta / args.group_size,
             # A mean over all groups of the step, of which this is one.
@@ -836,7 +839,7 @@ def take_step(
         raise Fault(errors[0])
     by_name = {name: torch.tensor([row[name] for row in rows]) for name in scorers}  # (P, G) each
     for name, values in by_name.items():
-        for p, g in (~values.isfinite()).nonzero().tolist()[:1]:
+        for p, g in (~values.isfinite()).nonzero().tolist()[: accelerator.is_main_process]:
             tqdm.write(
                 f"step {step}: reward {name} is {values[p, g]} for prompt "
                 f"{chosen[p]['prompt']!r}, sample {g}; such groups take no part"
@@ -970,7 +973,8 @@ def build(args: Arguments, accelerator: Accelerator, pipe: StableDiffusion3Pipel
     pipe.vae.to(device)
     parameters = add_lora(pipe.transformer, args)
     old, ema = ([p.detach().clone() for p in parameters] for _ in range(2))
-    return Trainer(args, accelerator, pipe, parameters, old, ema, Signals().check)
+    times = trained_times(args)
+    return Trainer(args, accelerator, pipe, parameters, old, ema, times, Signals().check)
 
 
 def train(args: Arguments) -> None:
@@ -1029,6 +1033,10 @@ def train(args: Arguments) -> None:
             for of, images in (("_base", base), ("", now))
         }
 
+    def own_texts(step: int) -> list[str]:
+        chosen = prompts_of_step(training, args, step)
+        return [p["prompt"] for p in chosen[accelerator.process_index :: accelerator.num_processes]]
+
     steps = range(done, args.max_train_steps)
     progress = tqdm(
         steps, "DGPO", args.max_train_steps, initial=done, disable=not main, dynamic_ncols=True
@@ -1037,11 +1045,10 @@ def train(args: Arguments) -> None:
     try:
         for step in progress:  # line 1
             chosen = prompts_of_step(training, args, step)  # line 3
-            texts = [prompt["prompt"] for prompt in chosen]
-            if any(text not in trainer.encoded for text in ["", *texts]):
+            if any(text not in trainer.encoded for text in ["", *own_texts(step)]):
                 ahead = range(step, min(step + 16, args.max_train_steps))
-                texts = [p["prompt"] for s in ahead for p in prompts_of_step(training, args, s)]
-                texts += [prompt["prompt"] for prompt in validation]
+                texts = [text for later in ahead for text in own_texts(later)]
+                texts += [prompt["prompt"] for prompt in validation if main]
                 trainer.encoded = encode(texts, trainer.encoded)
             if main and base is None:
                 with without_lora(pipe.transformer):

@@ -283,7 +283,7 @@ def test_two_processes_take_the_same_steps(plain, tiny, tmp_path):
     assert difference(lora(plain), lora(tmp_path / "run")) < 1e-5
     one, two = metrics(plain), metrics(tmp_path / "run")
     for key in ("reward", "reward_std", "gate", "gap", "kl", "grad_norm"):
-        assert [a[key] for a in one] == pytest.approx([b[key] for b in two], rel=1e-3, abs=1e-7)
+        assert [a[key] for a in one] == pytest.approx([b[key] for b in two], rel=1e-3, abs=2e-6)
 
 
 VARIANTS = {
