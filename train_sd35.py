@@ -47,7 +47,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import CLIPTextConfig, CLIPTextModel, HfArgumentParser, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 import dgpo
@@ -186,6 +186,7 @@ class Arguments:
     validation_steps: int = option(50, "between pictures of the validation prompts")
     report_to: str | None = option(None, "'tensorboard' or 'wandb', besides metrics.jsonl")
     config: str | None = option(None, "YAML or JSON file of these arguments; flags win")
+    memory_plan: bool = option(False, "print what SD3.5 Medium takes at these settings, and end")
     benchmark: int = option(
         0, "time so many steps and end; without --model, of random weights and no downloads"
     )
@@ -294,8 +295,9 @@ def check(args: Arguments) -> None:
     except OSError as error:
         raise Fault(f"argument --output_dir: cannot write to {out} ({error.strerror})") from None
     kept = out / "arguments.json"
-    if args.benchmark or not kept.exists() or os.environ.get("RANK", "0") != "0":
-        return  # of several processes, the first one speaks, before it writes there
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes there
+    if args.benchmark or args.memory_plan or not first or not kept.exists():
+        return
     if not args.resume_from_checkpoint:
         raise Fault(
             f"argument --output_dir: {out} holds a run; continue it with "
@@ -1093,46 +1095,136 @@ def train(args: Arguments) -> None:
 # The benchmark
 
 
+def random_transformer() -> SD3Transformer2DModel:
+    """Of SD3.5 Medium's geometry, with random weights."""
+    return SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+
+
+def random_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[128, 256, 512, 512],
+        layers_per_block=2,
+        latent_channels=16,
+        sample_size=1024,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def random_pipeline(args: Arguments) -> StableDiffusion3Pipeline:
     """Transformer and VAE of SD3.5 Medium's geometry with random weights, without text encoders."""
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        transformer = SD3Transformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
-        ).to(dtype)
-        vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=[128, 256, 512, 512],
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=1024,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        parts = {"transformer": random_transformer().to(dtype), "vae": random_vae()}
+    for part in parts.values():
+        part.requires_grad_(False).eval()
     encoders = {name + i: None for name in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer, vae=vae, scheduler=scheduler(args), **encoders
-    )
-    transformer.requires_grad_(False).eval()
-    vae.requires_grad_(False).eval()
+    pipe = StableDiffusion3Pipeline(**parts, scheduler=scheduler(args), **encoders)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def memory_plan(args: Arguments) -> None:
+    """Prints what SD3.5 Medium takes in bf16 at these settings, in GB: counted, not measured.
+
+    Nothing is allocated: shapes alone run through the transformer, and autograd tells what it keeps
+    for the backward.
+    """
+
+    def count(model: nn.Module) -> float:
+        return sum(parameter.numel() for parameter in model.parameters()) / 1e9
+
+    def kept(images: int) -> float:
+        """By autograd, without the parameters."""
+        storages: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            return x
+
+        latents = torch.empty(images, 16, args.resolution // 8, args.resolution // 8, dtype=dtype)
+        tokens = torch.empty(images, 77 + args.max_sequence_length, 4096, dtype=dtype)
+        pooled = torch.empty(images, 2048, dtype=dtype)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            output = transformer(latents, tokens, pooled, torch.empty(images))  # keeps the graph
+        for parameter in transformer.parameters():
+            storages.pop(parameter.untyped_storage()._cdata, None)
+        del output
+        return sum(storages.values()) / 1e9
+
+    dtype, m = torch.bfloat16, args.micro_batch_size
+    with torch.device("meta"):
+        transformer = random_transformer().to(dtype).requires_grad_(False)
+        weights = count(transformer)
+        lora = sum(p.numel() for p in add_lora(transformer, args)) / 1e9
+        transformer.to(dtype)  # as autocast has it
+        transformer.disable_gradient_checkpointing()
+        whole = kept(m)
+        transformer.enable_gradient_checkpointing()
+        checkpointed = kept(m)
+        encoders = count(T5EncoderModel(T5Config(**T5_XXL)))
+        encoders += count(CLIPTextModel(CLIPTextConfig(**CLIP_L)))
+        encoders += count(CLIPTextModel(CLIPTextConfig(**CLIP_G)))
+        vae = count(random_vae())
+    block = (whole - checkpointed) / 24
+    activations = checkpointed + block if args.gradient_checkpointing else whole
+    # The decoder's widest map has 256 channels at full size; a few of them live at once.
+    decode = 4 * (m * 256 * args.resolution**2 * 4) / 1e9
+    always = 2 * weights + 24 * lora + 4 * vae
+    for name, size in {
+        f"transformer, {weights:.2f} G parameters in bf16": 2 * weights,
+        f"LoRA, {1000 * lora:.1f} M in float32, its gradient, Adam, theta^- and EMA": 24 * lora,
+        "VAE in float32": 4 * vae,
+        f"activations of a training pass of {m} images, at most": activations,
+        f"decoding {m} images, about": decode,
+        "text encoders in bf16, at times and without activations": 2 * encoders,
+        "together, training": always + activations,
+        "together, decoding": always + decode,
+        "together, encoding prompts": always + 2 * encoders,
+    }.items():
+        print(f"{size:8.2f} GB  {name}")
+    print("and the reward model's (PickScore: 3.9 GB)")
+
+
+T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+}
 
 
 def bare_passes(trainer: Trainer, text: str) -> dict[str, float]:
@@ -1217,7 +1309,8 @@ def benchmark(args: Arguments) -> None:
 def main() -> None:
     try:
         args = parse_args()
-        benchmark(args) if args.benchmark else train(args)
+        run = memory_plan if args.memory_plan else benchmark if args.benchmark else train
+        run(args)
     except Fault as fault:
         print(f"train_sd35.py: {fault}", file=sys.stderr)
         sys.exit(2)

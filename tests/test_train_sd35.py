@@ -476,3 +476,14 @@ def test_the_benchmark_prints_the_overhead(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:5]] == ["rollout", "decode", "train", "step"]
     assert all(line.endswith("%") for line in printed[1:5])
+
+
+def test_the_memory_plan_counts_the_real_geometry(tmp_path, capsys):
+    plan = {}
+    for m in (1, 2):
+        line = ["--memory_plan", "--micro_batch_size", str(m), "--output_dir", str(tmp_path)]
+        train_sd35.memory_plan(train_sd35.parse_args(line))
+        plan[m] = capsys.readouterr().out.splitlines()
+    assert "transformer, 2.24 G parameters" in plan[1][0] and "LoRA, 37.6 M" in plan[1][1]
+    one, two = (float(plan[m][3].split()[0]) for m in (1, 2))
+    assert two == pytest.approx(2 * one, abs=0.02) and 0.2 < one < 1
