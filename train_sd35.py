@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -184,7 +185,9 @@ class Arguments:
     checkpoints_total_limit: int = option(3, "most of them to keep")
     resume_from_checkpoint: str | None = option(None, "'latest', or a checkpoint's folder")
     validation_steps: int = option(50, "between pictures of the validation prompts")
-    report_to: str | None = option(None, "'tensorboard' or 'wandb', besides metrics.jsonl")
+    report_to: str | None = option(
+        None, "a tracker, besides metrics.jsonl", choices=["tensorboard", "wandb"]
+    )
     config: str | None = option(None, "YAML or JSON file of these arguments; flags win")
     memory_plan: bool = option(False, "print what SD3.5 Medium takes at these settings, and end")
     benchmark: int = option(
@@ -285,6 +288,8 @@ def check(args: Arguments) -> None:
             prompt_sets.read(Path(args.validation_prompts))
     except ValueError as error:
         raise Fault(f"argument --{flag}: {error}") from None
+    if args.report_to and importlib.util.find_spec(args.report_to) is None:
+        raise Fault(f"argument --report_to: needs `pip install {args.report_to}`")
     for spec in args.reward_model:
         if "=" not in spec:
             raise Fault(f"argument --reward_model: must be name=path, got {spec}")

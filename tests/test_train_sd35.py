@@ -167,6 +167,8 @@ BAD = {
     "--t_min 1": "--t_min: must be in [0, 1), got 1.0",
     "--t_min 0.9": "only 3 of the rollout's 10 times are at least --t_min 0.9, got 4",
     "--beta 0": "--beta: must be above 0, got 0.0",
+    "--report_to paper": "invalid choice: 'paper'",
+    "--report_to wandb": "--report_to: needs `pip install wandb`",
     "--micro_batch_size 0": "--micro_batch_size: must be at least 1, got 0",
     "--output_dir {}/file/run": "--output_dir: cannot write to",
     "--output_dir {}/other": "holds a run; continue it with --resume_from_checkpoint latest",
@@ -365,6 +367,28 @@ def test_equal_rewards_are_no_step(tiny, tmp_path):
     run(tiny, tmp_path / "run", reward=f"{REWARD}:constant", max_train_steps=1)
     (line,) = metrics(tmp_path / "run")
     assert line["equal_groups"] == 1 and line["gate"] is None and line["grad_norm"] == 0
+
+
+def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp_path, monkeypatch):
+    before = []
+    original = train_sd35.dgpo.backward_group_loss
+
+    def broken(theta, *args, **kwargs):
+        found = original(theta, *args, **kwargs)
+        parameters = [p for p in before[0].parameters if p.grad is not None]
+        parameters[0].grad[0] = float("nan")
+        return found
+
+    build = train_sd35.build
+    monkeypatch.setattr(train_sd35, "build", lambda *a: before.append(build(*a)) or before[0])
+    monkeypatch.setattr(train_sd35.dgpo, "backward_group_loss", broken)
+    with pytest.raises(train_sd35.Fault, match="five steps in a row"):
+        run(tiny, tmp_path / "run", max_train_steps=9)
+    lines = metrics(tmp_path / "run")
+    assert [line["grad_norm"] for line in lines] == [None] * 5
+    state = train_sd35.load_checkpoint(tmp_path / "run" / "checkpoint-5")[0]
+    assert all(torch.equal(*pair) for pair in zip(state["parameters"], state["ema"], strict=True))
+    assert state["bad_steps"] == 5 and not state["optimizer"]["state"]
 
 
 # Interruptions
