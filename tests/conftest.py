@@ -2,7 +2,11 @@ import copy
 
 import flow2d
 import pytest
+import shapes
 import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from rewards import geneval
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,3 +28,30 @@ def reference():
 def model(reference):
     """A copy of the pretrained network, free to be trained."""
     return copy.deepcopy(reference).requires_grad_(True)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A folder with a random CLIP and its processor."""
+    folder = tmp_path_factory.mktemp("clip")
+    texts = [prompt["prompt"] for prompt in shapes.prompt_list()]
+    texts += [f"a photo of a {color}-colored object" for color in geneval.COLORS] * 9
+    tokenizer = shapes.clip_tokenizer(texts)
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small["num_attention_heads"] = 2
+    text = {
+        **small,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    clip.text_model.embeddings.token_embedding.weight.data.normal_()
+    clip.save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    return folder

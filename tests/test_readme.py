@@ -1,5 +1,6 @@
 """The README says what is so: its reading guide, and the commands it gives."""
 
+import dataclasses
 import re
 import shutil
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import compare
 import pytest
+
+import rewards
+import train_sd35
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,10 +35,30 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_every_flag_in_the_readme_exists():
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--help"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README)) - {"--help"}
+    assert {"--offline", "--only", "--reward"} <= flags
     source = "".join((ROOT / "toy" / name).read_text() for name in ("run_2d.py", "compare.py"))
-    assert {"--offline", "--only"} <= flags
-    assert [flag for flag in sorted(flags) if f'"{flag}"' not in source] == []
+    trainer = {f"--{f.name}" for f in dataclasses.fields(train_sd35.Arguments)} | {"--model"}
+    assert [flag for flag in flags if f'"{flag}"' not in source and flag not in trainer] == []
+
+
+def test_the_recipes_are_the_trainers():
+    for name, recipe in train_sd35.RECIPES.items():
+        (row,) = re.findall(rf"^\| `{name}` \| \d+ \|.*", README, re.MULTILINE)
+        group, beta, kl, clip = (float(cell) for cell in row.split("|")[2:6])
+        found = (recipe["group_size"], recipe["beta"], recipe["kl"], recipe["clip"])
+        assert (group, beta, kl, clip) == found
+        assert f"| {recipe['std']} |" in row
+
+
+def test_the_memory_plan_is_what_the_trainer_prints(tmp_path, capsys):
+    line = ["--memory_plan", "--output_dir", str(tmp_path)]
+    train_sd35.memory_plan(train_sd35.parse_args(line))
+    assert capsys.readouterr().out in README
+
+
+def test_every_reward_is_in_the_readme():
+    assert [name for name in rewards.names() if f"| `{name}` |" not in README] == []
 
 
 def test_the_tables_are_what_compare_prints_of_the_kept_results(tmp_path, monkeypatch, capsys):

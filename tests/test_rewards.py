@@ -4,10 +4,9 @@ import io
 from pathlib import Path
 
 import pytest
-import shapes
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 import rewards
 
@@ -77,30 +76,6 @@ def test_compressibility_is_minus_the_size_as_jpeg(images):
     Image.fromarray(pixels).save(file, "JPEG", quality=95)
     assert scores[0] == -len(file.getvalue()) / 1000
     assert scores[1] > scores[0] and scores[1] > scores[2]
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = shapes.clip_tokenizer([prompt["prompt"] for prompt in shapes.prompt_list()])
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    small["num_attention_heads"] = 2
-    text = {
-        **small,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 16,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {**small, "image_size": 32, "patch_size": 8}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    clip.text_model.embeddings.token_embedding.weight.data.normal_()
-    clip.save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
-    return folder
 
 
 def test_pickscore_is_the_scaled_cosine(tiny_clip, images):

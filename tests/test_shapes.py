@@ -35,7 +35,7 @@ RED_CIRCLE, BLUE_SQUARE = ("red", "circle"), ("blue", "square")
 
 
 def scene(**cells):
-    return [cells.get(f"c{i}") for i in range(9)]
+    return [cells.get(f"c{i}") for i in range(16)]
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def scene(**cells):
         ("a red circle", scene(c4=BLUE_SQUARE), [0, 1 / 2]),
         ("a red circle", scene(c4=RED_CIRCLE, c5=BLUE_SQUARE), [1, 1 / 2]),
         ("a red circle", scene(c4=RED_CIRCLE, c5=RED_CIRCLE), [0, 1 / 2]),
-        ("a red circle on the left", scene(c3=RED_CIRCLE), [1, 1, 1]),
-        ("a red circle on the left", scene(c4=RED_CIRCLE), [1, 1, 0]),
+        ("a red circle on the left", scene(c5=RED_CIRCLE), [1, 1, 1]),
+        ("a red circle on the left", scene(c6=RED_CIRCLE), [1, 1, 0]),
         ("a red circle on the left", scene(), [0, 1, 0]),
         ("three red circles", scene(c0=RED_CIRCLE, c1=RED_CIRCLE), [2 / 3, 1]),
         ("a red circle and a blue square", scene(c0=RED_CIRCLE), [1, 0, 1]),

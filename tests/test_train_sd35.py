@@ -49,7 +49,7 @@ def flags(tiny, out, **changed):
         "output_dir": out,
         "reward": f"{REWARD}:brightness",
         "resolution": 32,
-        "max_sequence_length": 16,
+        "max_sequence_length": shapes.TOKENS,
         "num_inference_steps": 4,
         "train_timesteps": 2,
         "t_min": 0.5,

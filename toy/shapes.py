@@ -26,8 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/shapes.py` finds dgpo.py
 import dgpo  # noqa: E402
 
-SIDE, CELL = 32, 8  # a picture's, and that of one of its 3 x 3 cells, in pixels
-PATCH = 4  # the transformer's; cells are made of whole patches
+SIDE, CELL, GRID = 32, 8, 4  # a picture's and a cell's side in pixels, and how many cells that is
 COLORS = {
     "red": (220, 40, 40),
     "green": (30, 160, 60),
@@ -35,15 +34,15 @@ COLORS = {
     "yellow": (235, 200, 30),
 }
 SHAPES = ("circle", "square", "triangle")
-SIDES = {"left": 0, "right": 2}  # the column of cells
+SIDES = {"left": (0, 1), "right": (2, 3)}  # the columns of cells
 COUNTS = {"two": 2, "three": 3}
 BACKGROUND = (245, 245, 245)
 WRONG = 0.4  # share of wrong captions in pretraining
-TOKENS = 16  # of a prompt, at most, for each tokenizer
+TOKENS = 12  # of a prompt, at most, for each tokenizer
 KINDS = list(itertools.product(COLORS, SHAPES))
 
 
-# The world. A scene is 9 cells, each None or (color, shape), row by row.
+# The world. A scene is GRID * GRID cells, each None or (color, shape), row by row.
 
 Scene = list
 
@@ -69,9 +68,9 @@ def prompt_list() -> list[dict]:
 
 def draw_scene(prompt: dict, rng: random.Random) -> Scene:
     """A scene that is as the prompt says, its places at random."""
-    columns = [SIDES[prompt["side"]]] if "side" in prompt else range(3)
-    free = [3 * row + column for row in range(3) for column in columns]
-    scene: Scene = [None] * 9
+    columns = SIDES[prompt["side"]] if "side" in prompt else range(GRID)
+    free = [GRID * row + column for row in range(GRID) for column in columns]
+    scene: Scene = [None] * GRID**2
     for kind, cell in zip(prompt["objects"], rng.sample(free, len(prompt["objects"])), strict=True):
         scene[cell] = tuple(kind)
     return scene
@@ -104,7 +103,7 @@ TEMPLATES = templates()
 
 def place(cell: int) -> tuple[object, ...]:
     """The pixels of a cell, as an index (..., rows, columns)."""
-    row, column = (PATCH + CELL * i for i in divmod(cell, 3))
+    row, column = (CELL * i for i in divmod(cell, GRID))
     return ..., slice(row, row + CELL), slice(column, column + CELL)
 
 
@@ -128,8 +127,8 @@ def read(images: Tensor) -> tuple[list[Scene], Tensor]:
     picture against one drawn of what was seen: 0 for a drawn picture, high for smeared ones.
     """
     images = images.float().clamp(0, 1).cpu()
-    cells = torch.stack([images[place(cell)] for cell in range(9)], 1)  # (N, 9, 3, ., .)
-    nearest = torch.cdist(cells.flatten(2), TEMPLATES.flatten(1)[None]).argmin(2)  # (N, 9)
+    cells = torch.stack([images[place(cell)] for cell in range(GRID**2)], 1)
+    nearest = torch.cdist(cells.flatten(2), TEMPLATES.flatten(1)[None]).argmin(2)  # (N, cells)
     scenes = [[KINDS[k - 1] if k else None for k in row] for row in nearest.tolist()]
     return scenes, (images - paint(scenes)).square().mean((1, 2, 3)).sqrt()
 
@@ -145,8 +144,8 @@ def clauses(scene: Scene, prompt: dict) -> list[float]:
     grades.append(1 / (1 + stray))
     if "side" in prompt:
         cells = [cell for cell, kind in enumerate(scene) if kind and kind in wanted]
-        column = SIDES[prompt["side"]]
-        grades.append(sum(cell % 3 == column for cell in cells) / max(1, len(cells)))
+        columns = SIDES[prompt["side"]]
+        grades.append(sum(cell % GRID in columns for cell in cells) / max(1, len(cells)))
     return grades
 
 
@@ -247,7 +246,7 @@ def identity_vae():
     return vae
 
 
-def build(width: int = 96, layers: int = 3):
+def build(width: int = 256, layers: int = 2):
     """An untrained pipeline of SD3.5's classes, with three text encoders, VAE and all."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -281,7 +280,7 @@ def build(width: int = 96, layers: int = 3):
     )
     transformer = SD3Transformer2DModel(
         sample_size=SIDE,
-        patch_size=PATCH,
+        patch_size=CELL,  # a cell is a token
         in_channels=3,
         out_channels=3,
         num_layers=layers,
@@ -290,7 +289,7 @@ def build(width: int = 96, layers: int = 3):
         joint_attention_dim=64,  # T5's, at least the sum of the two CLIPs'
         caption_projection_dim=width,
         pooled_projection_dim=64,  # the sum of the two CLIPs'
-        pos_embed_max_size=SIDE // PATCH,
+        pos_embed_max_size=GRID,
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
