@@ -94,3 +94,24 @@ def test_pickscore_is_the_scaled_cosine(tiny_clip, images):
         by_hand.append(clip.logit_scale.exp().item() * cosine.item())
     assert reward(images, PROMPTS).tolist() == pytest.approx(by_hand, rel=1e-4)
     assert len({round(score, 4) for score in by_hand}) == 3
+
+
+def test_aesthetic_is_the_linear_head_on_the_normalised_embedding(tiny_clip, images, tmp_path):
+    clip = CLIPModel.from_pretrained(tiny_clip).eval()
+    sizes, state = [clip.config.projection_dim, 1024, 128, 64, 16, 1], {}
+    torch.manual_seed(0)
+    for i, place in enumerate((0, 2, 4, 6, 7)):  # as the published file has them
+        state[f"layers.{place}.weight"] = torch.randn(sizes[i + 1], sizes[i]) / sizes[i] ** 0.5
+        state[f"layers.{place}.bias"] = torch.randn(sizes[i + 1])
+    torch.save(state, tmp_path / "head.pth")
+    reward = rewards.load("aesthetic", "cpu", f"{tiny_clip},{tmp_path / 'head.pth'}")
+
+    processor = CLIPProcessor.from_pretrained(tiny_clip)
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    seen = processor.image_processor(list(pixels), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        x = clip.visual_projection(clip.vision_model(seen).pooler_output)
+        x = x / x.norm(dim=1, keepdim=True)
+        for place in (0, 2, 4, 6, 7):
+            x = x @ state[f"layers.{place}.weight"].T + state[f"layers.{place}.bias"]
+    assert torch.allclose(reward(images, PROMPTS), x[:, 0], rtol=1e-4, atol=1e-5)
