@@ -61,7 +61,8 @@ diffusers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 # The settings of the authors' released trainer (github.com/Luo-Yihong/DGPO). t_min leaves the
-# noisiest 7 of the 10 default steps, or for GenEval 5.
+# noisiest 7 of the 10 default steps, or for GenEval 5. One thing is left out: advantages are not
+# clipped at +-5, as that would unbalance the weights, and Z(c) would no longer cancel.
 RELEASED = {
     "group_size": 16,
     "prompts_per_step": 8,
@@ -1011,6 +1012,8 @@ def train(args: Arguments) -> None:
         if main and metrics_file.exists() and metrics_file.stat().st_size > size:
             os.truncate(metrics_file, size)  # what came after is about to be done again
     if main:
+        for half_written in out.glob(".checkpoint-*"):  # by a run that was killed
+            shutil.rmtree(half_written)
         text = json.dumps(dataclasses.asdict(args), indent=1)
         replace_file(out / "arguments.json", lambda new: new.write_text(text))
     if args.report_to:
