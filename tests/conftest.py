@@ -1,4 +1,5 @@
 import copy
+import json
 
 import flow2d
 import pytest
@@ -54,4 +55,14 @@ def tiny_clip(tmp_path_factory):
     clip.save_pretrained(folder)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a pipeline, and its prompts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shapes.build(width=32, layers=2).save_pretrained(folder)
+    lines = [json.dumps(prompt) + "\n" for prompt in shapes.prompt_list()[:20]]
+    (folder / "prompts.jsonl").write_text("".join(lines))
     return folder

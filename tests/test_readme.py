@@ -9,6 +9,7 @@ from pathlib import Path
 import compare
 import pytest
 
+import evaluate
 import rewards
 import train_sd35
 
@@ -37,9 +38,11 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_every_flag_in_the_readme_exists():
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README)) - {"--help"}
     assert {"--offline", "--only", "--reward"} <= flags
-    source = "".join((ROOT / "toy" / name).read_text() for name in ("run_2d.py", "compare.py"))
-    trainer = {f"--{f.name}" for f in dataclasses.fields(train_sd35.Arguments)} | {"--model"}
-    assert [flag for flag in flags if f'"{flag}"' not in source and flag not in trainer] == []
+    commands = ("toy/run_2d.py", "toy/compare.py", "prompts.py")
+    source = "".join((ROOT / name).read_text() for name in commands)
+    fields = dataclasses.fields(train_sd35.Arguments) + dataclasses.fields(evaluate.Arguments)
+    others = {f"--{field.name}" for field in fields} | {"--model"}
+    assert [flag for flag in flags if f'"{flag}"' not in source and flag not in others] == []
 
 
 def test_the_recipes_are_the_trainers():
@@ -58,7 +61,8 @@ def test_the_memory_plan_is_what_the_trainer_prints(tmp_path, capsys):
 
 
 def test_every_reward_is_in_the_readme():
-    assert [name for name in rewards.names() if f"| `{name}` |" not in README] == []
+    table = README.split("| `--reward` |")[1].split("\n\n")[0]
+    assert [name for name in rewards.names() if f"| `{name}` |" not in table] == []
 
 
 def test_the_tables_are_what_compare_prints_of_the_kept_results(tmp_path, monkeypatch, capsys):

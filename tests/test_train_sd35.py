@@ -23,16 +23,6 @@ ROOT = Path(__file__).parents[1]
 REWARD = f"{ROOT}/tests/own_rewards.py"
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A folder with a pipeline, and its prompts."""
-    folder = tmp_path_factory.mktemp("tiny")
-    shapes.build(width=32, layers=2).save_pretrained(folder)
-    lines = [json.dumps(prompt) + "\n" for prompt in shapes.prompt_list()[:20]]
-    (folder / "prompts.jsonl").write_text("".join(lines))
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def keep_signals():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,0 +1,12 @@
+"""GenEval's own verdict, for evaluation; rewards/geneval.py is graded, for training."""
+
+from __future__ import annotations
+
+import torch
+
+from rewards import geneval
+
+
+def load(device: torch.device | str, model: str | None = None):
+    """0 or 1, as GenEval counts. Otherwise as `rewards.geneval.load`."""
+    return geneval.load(device, model, kind="official")
