@@ -13,30 +13,21 @@ import math
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import StableDiffusion3Pipeline
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
 
 import prompts as prompt_sets
 import rewards
-
-diffusers_logging.disable_progress_bar()
-diffusers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+from train_sd35 import Fault, decode, load_pipeline, option, parse
 
 VARIANTS = ("base", "lora")
 RESAMPLES = 10_000  # of the bootstrap
@@ -54,13 +45,6 @@ PAPER = """\
 | Flow-GRPO, PickScore | | | 23.31 | 5.92 | 4.22 | 1.28 | 23.53 | 3.66 |
 | DGPO, PickScore | | | 23.89 | 6.08 | 4.40 | 1.32 | 23.91 | 3.74 |
 """
-
-
-def option(default, text: str, *aliases: str):
-    metadata = {"help": text, **({"aliases": list(aliases)} if aliases else {})}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -83,21 +67,9 @@ class Arguments:
     batch_size: int = option(4, "pictures at once")
 
 
-class Fault(Exception):
-    """What ends the run with one line: what is wrong, what was given, what to do."""
-
-
 def parse_args(argv: list[str] | None = None) -> Arguments:
     """The arguments, checked as far as can be without loading a model. Raises Fault."""
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise Fault(message)
-
-    parser = Parser(Arguments)
-    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise Fault(f"there is no argument {unknown[0]}; --help lists them")
+    args = parse(Arguments, sys.argv[1:] if argv is None else argv)
     for name in ("lora", "prompts", "metrics"):
         if not getattr(args, name):
             raise Fault(f"argument --{name}: is needed; --help says what for")
@@ -151,22 +123,6 @@ def claim_folder(args: Arguments, prompts: list[dict]) -> None:
     write(kept, json.dumps(drawn))
 
 
-def load_pipeline(args: Arguments, device: torch.device) -> StableDiffusion3Pipeline:
-    model = args.pretrained_model_name_or_path
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise Fault(
-            f"argument --pretrained_model_name_or_path: cannot load {model} ({line}). Accept its "
-            f"licence at https://huggingface.co/{model} and log in by `hf auth login`, or give a "
-            "local folder"
-        ) from None
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
 def picture(args: Arguments, variant: str, key: str) -> Path:
     """Of a key "<prompt's number>_<seed>"."""
     return Path(args.output_dir) / "images" / variant / f"{key}.png"
@@ -203,7 +159,7 @@ def draw(
             torch.randn(shape, generator=torch.Generator().manual_seed(1000 * int(p) + int(seed)))
             for p, seed in (key.split("_") for key in batch)
         ]
-        images = pipe(
+        latents = pipe(
             [prompts[int(key.split("_")[0])]["prompt"] for key in batch],
             latents=torch.stack(noise).to(pipe.device, pipe.transformer.dtype),
             num_inference_steps=args.num_inference_steps,
@@ -211,12 +167,14 @@ def draw(
             height=args.resolution,
             width=args.resolution,
             max_sequence_length=args.max_sequence_length,
+            output_type="latent",
         ).images
-        for key, image in zip(batch, images, strict=True):
+        pixels = (decode(pipe.vae, latents) * 255).round().to("cpu", torch.uint8)
+        for key, pixel in zip(batch, pixels.permute(0, 2, 3, 1).numpy(), strict=True):
             path = picture(args, variant, key)
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f".{key}.png")
-            image.save(new)
+            Image.fromarray(pixel).save(new)
             os.replace(new, path)
 
 
@@ -359,7 +317,8 @@ def evaluate(args: Arguments) -> None:
         if not all(is_whole(picture(args, variant, key)) for key in mine)
     ]
     if undrawn:
-        pipe = load_pipeline(args, state.device)
+        dtype = torch.bfloat16 if state.device.type == "cuda" else torch.float32
+        pipe = load_pipeline(args.pretrained_model_name_or_path, dtype).to(state.device)
         for variant in undrawn:
             if variant == "lora":
                 try:

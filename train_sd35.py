@@ -204,33 +204,49 @@ class Stopped(Exception):
     """A signal asked the run to end."""
 
 
-def parse_args(argv: list[str] | None = None) -> Arguments:
-    """The arguments, resolved and checked as far as can be without loading a model."""
+def parse(arguments: type, argv: list[str]) -> Any:
+    """A command line as a dataclass. Raises Fault at the first thing that is wrong with it."""
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise Fault(message)
 
-    parser = Parser(Arguments)
-    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    args, unknown = Parser(arguments).parse_args_into_dataclasses(
+        argv, return_remaining_strings=True
+    )
     if unknown:
         raise Fault(f"there is no argument {unknown[0]}; --help lists them")
+    return args
+
+
+def read_config(path: str) -> list[str]:
+    """A YAML or JSON file's arguments, as a command line has them. Raises Fault."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        line = str(error).splitlines()[0]
+        raise Fault(f"argument --config: cannot read {path} ({line})") from None
+    if not isinstance(settings, dict):
+        raise Fault(f"argument --config: {path} must have a line 'argument: value' for each")
+    known = {f.name for f in dataclasses.fields(Arguments)}
+    line = []
+    for name, value in settings.items():
+        if name not in known:
+            raise Fault(f"argument --config: {path} has no argument {name}")
+        if value is not None:
+            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+def parse_args(argv: list[str] | None = None) -> Arguments:
+    """The arguments, resolved and checked as far as can be without loading a model."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(Arguments, argv)
     if args.config:
-        try:
-            settings = yaml.safe_load(Path(args.config).read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise Fault(f"argument --config: cannot read {args.config} ({error})") from None
-        known = {f.name for f in dataclasses.fields(Arguments)}
-        unknown = sorted(set(settings) - known) if isinstance(settings, dict) else [settings]
-        if unknown:
-            raise Fault(f"argument --config: {args.config} has no argument {unknown[0]}")
-        parser.set_defaults(**settings)
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(Arguments, [*read_config(args.config), *argv])  # what comes last wins
 
     name = args.reward[0].split("=")[0]
     args.recipe = args.recipe or (name if name in RECIPES else "pickscore")
-    if args.recipe not in RECIPES:
-        raise Fault(f"argument --recipe: must be one of {', '.join(RECIPES)}, got {args.recipe}")
     for key, value in RECIPES[args.recipe].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -338,10 +354,8 @@ def trained_times(args: Arguments) -> Tensor:
     return times[times >= args.t_min]
 
 
-def load_pipeline(args: Arguments) -> StableDiffusion3Pipeline:
-    """Transformer and text encoders in the run's precision, the VAE in float32."""
-    model = args.pretrained_model_name_or_path
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """Transformer and text encoders in dtype, the VAE in float32; nothing trains. Raises Fault."""
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(
             model, dtype={"default": dtype, "vae": torch.float32}
@@ -353,12 +367,15 @@ def load_pipeline(args: Arguments) -> StableDiffusion3Pipeline:
             f"licence at https://huggingface.co/{model} and log in by `hf auth login`, or give a "
             "local folder"
         ) from None
-    pipe.scheduler = scheduler(args)
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
     return pipe
+
+
+def precision(args: Arguments) -> torch.dtype:
+    return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
 
 def add_lora(transformer: nn.Module, args: Arguments) -> list[nn.Parameter]:
@@ -409,6 +426,13 @@ def seeded(*key: int) -> torch.Generator:
 
 
 NOISE, TIMES, TRAINING_NOISE, ORDER, VALIDATION = range(5)  # what a seed is for
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1], whatever the precision of the latents is."""
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
 
 @dataclass
@@ -503,14 +527,12 @@ class Trainer:
             parts.append(output.images)
         return torch.cat(parts)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [0, 1]."""
-        vae, parts = self.pipe.vae, []
+        parts = []
         for x in latents.split(self.args.micro_batch_size):
             self.check_signal()
-            x = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-            parts.append((vae.decode(x, return_dict=False)[0] / 2 + 0.5).clamp(0, 1))
+            parts.append(decode(self.pipe.vae, x))
         return torch.cat(parts)
 
     def noise(self, *key: int) -> Tensor:
@@ -977,6 +999,7 @@ def launch(args: Arguments) -> Accelerator:
 
 def build(args: Arguments, accelerator: Accelerator, pipe: StableDiffusion3Pipeline) -> Trainer:
     device = accelerator.device
+    pipe.scheduler = scheduler(args)
     pipe.transformer.to(device)
     pipe.vae.to(device)
     parameters = add_lora(pipe.transformer, args)
@@ -991,7 +1014,7 @@ def train(args: Arguments) -> None:
     accelerator = launch(args)
     out, main = Path(args.output_dir), accelerator.is_main_process
     metrics_file = out / "metrics.jsonl"
-    pipe = load_pipeline(args)
+    pipe = load_pipeline(args.pretrained_model_name_or_path, precision(args))
     encode = Encoder(pipe, args, accelerator.device)
     trainer = build(args, accelerator, pipe)
     optimizer = torch.optim.AdamW(
@@ -1139,13 +1162,14 @@ def random_vae() -> AutoencoderKL:
 
 def random_pipeline(args: Arguments) -> StableDiffusion3Pipeline:
     """Transformer and VAE of SD3.5 Medium's geometry with random weights, without text encoders."""
-    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        parts = {"transformer": random_transformer().to(dtype), "vae": random_vae()}
+        parts = {"transformer": random_transformer().to(precision(args)), "vae": random_vae()}
     for part in parts.values():
         part.requires_grad_(False).eval()
     encoders = {name + i: None for name in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-    pipe = StableDiffusion3Pipeline(**parts, scheduler=scheduler(args), **encoders)
+    pipe = StableDiffusion3Pipeline(
+        **parts, scheduler=FlowMatchEulerDiscreteScheduler(), **encoders
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -1283,7 +1307,7 @@ def benchmark(args: Arguments) -> None:
             text: Encoded(torch.randn(1, tokens, 4096), torch.randn(1, 2048)) for text in texts
         }
     else:
-        pipe = load_pipeline(args)
+        pipe = load_pipeline(args.pretrained_model_name_or_path, precision(args))
         encoded = Encoder(pipe, args, accelerator.device)(texts, {})
     trainer = build(args, accelerator, pipe)
     trainer.encoded = encoded

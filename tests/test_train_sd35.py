@@ -145,6 +145,8 @@ BAD = {
     "--recipe magic": "invalid choice: 'magic'",
     "--config {}/none.yaml": "--config: cannot read",
     "--config {}/bad.yaml": "has no argument magic",
+    "--config {}/wrong.yaml": "invalid choice: 'heun'",
+    "--config {}/list.yaml": "must have a line 'argument: value' for each",
     "--train_prompts {}/none.txt": "--train_prompts: cannot read",
     "--train_prompts {}/empty.txt": "holds no prompt",
     "--train_prompts {}/latin.txt": "is not UTF-8",
@@ -170,6 +172,8 @@ BAD = {
 def test_bad_input_is_one_line(line, tmp_path):
     for name, content in {
         "bad.yaml": b"magic: 1",
+        "wrong.yaml": b"sampler: heun",
+        "list.yaml": b"- 1",
         "empty.txt": b" \n",
         "latin.txt": "caf\xe9".encode("latin-1"),
         "broken.jsonl": b'{"prompt": "a"}\n{"prompt"',
