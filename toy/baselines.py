@@ -24,10 +24,11 @@ from torch import Tensor
 def sde_step(
     velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, s: Tensor, a: float = 0.7
 ) -> tuple[Tensor, Tensor]:
-    """Mean (of x's shape) and std () of p_theta(x_s | x_t) for s < t, Flow-GRPO's policy.
+    """Mean (of x's shape) and std (of t's) of p_theta(x_s | x_t) for s < t, Flow-GRPO's policy.
 
-    velocity: (x, t ()) -> v. a: how much noise; 0 is an Euler step of the ODE. At t = 1, where g is
-    infinite, s takes the place of t in its denominator, as in the released code.
+    velocity: (x, t) -> v. t, s: () or of a shape that broadcasts to x's. a: how much noise; 0 is an
+    Euler step of the ODE. At t = 1, where g is infinite, s takes the place of t in its denominator,
+    as in the released code.
     """
     g_squared = a**2 * t / (1 - torch.where(t < 1, t, s))
     v = velocity(x, t)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -118,30 +118,38 @@ def grid(
 class VelocityNet(nn.Module):
     """v(x, t, c): an MLP on the point, Fourier features of t, and the condition one-hot."""
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int = 64, dims: int = 2):
         super().__init__()
         self.register_buffer("frequencies", math.pi * torch.arange(1.0, 5.0))
         layers = []
-        features = 2 + 2 * len(self.frequencies) + CONDITIONS
+        features = dims + 2 * len(self.frequencies) + CONDITIONS
         for n_in in (features, width, width):
             layers += [nn.Linear(n_in, width), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
+        self.layers = nn.Sequential(*layers, nn.Linear(width, dims))
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        """x (B, 2), t (B,), c (B,) -> v (B, 2)."""
+        """x (B, dims), t (B,), c (B,) -> v (B, dims)."""
         phase = t[:, None] * self.frequencies
         condition = F.one_hot(c, CONDITIONS).to(x.dtype)
         return self.layers(torch.cat([x, phase.cos(), phase.sin(), condition], 1))
 
 
-def pretrain(model: nn.Module, steps: int, generator: torch.Generator) -> Iterator[float]:
-    """Flow matching: fit `model` in place to p_ref(x|c), and yield the loss after every step."""
+def pretrain(
+    model: nn.Module,
+    steps: int,
+    generator: torch.Generator,
+    sample_data: Callable[[Tensor, torch.Generator], Tensor] = sample_ref,
+) -> Iterator[float]:
+    """Flow matching: fit `model` in place to the data, and yield the loss after every step.
+
+    sample_data: (c (N,), generator) -> x0 (N, ...).
+    """
     batch, peak = 1024, 1e-2
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)
     for _ in range(steps):
         c = sample_conditions(batch, generator)
-        x0 = sample_ref(c, generator)[:, None]  # (P, G, 2) with one sample a group
+        x0 = sample_data(c, generator)[:, None]  # (P, G, ...) with one sample a group
         eps = torch.randn(x0.shape, generator=generator)
         t = dgpo.sample_timesteps((batch, 1), generator=generator)
         v = model(dgpo.diffuse(x0, eps, t)[:, 0], t[:, 0], c)
