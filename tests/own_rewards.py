@@ -7,6 +7,10 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3))
 
 
+def darkness(images, prompts):
+    return 1 - images.mean((1, 2, 3))
+
+
 def constant(images, prompts):
     return [1.0] * len(images)
 

@@ -319,9 +319,11 @@ def test_offline_samples_do_not_follow_the_model(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_brightness_rises(seed, tiny, tmp_path):
-    settings = {"max_train_steps": 20, "learning_rate": 3e-3, "group_size": 8, "guidance_scale": 1}
-    run(tiny, tmp_path / "run", seed=seed, old_after=100, clip=0, kl=0, **settings)
+def test_an_exact_reward_rises(seed, tiny, tmp_path):
+    """The background is bright, so that there is room for darkness."""
+    settings = {"max_train_steps": 20, "learning_rate": 1e-2, "group_size": 8, "guidance_scale": 1}
+    settings |= {"old_after": 100, "clip": 0, "kl": 0, "beta": 1, "micro_batch_size": 16}
+    run(tiny, tmp_path / "run", seed=seed, reward=f"{REWARD}:darkness", **settings)
     found = [line["reward"] for line in metrics(tmp_path / "run")]
     assert np.mean(found[-4:]) > np.mean(found[:4]) + 3 * np.std(found[:4])
 
