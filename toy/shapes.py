@@ -14,7 +14,6 @@ import json
 import math
 import random
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -38,7 +37,7 @@ SIDES = {"left": (0, 1), "right": (2, 3)}  # the columns of cells
 COUNTS = {"two": 2, "three": 3}
 BACKGROUND = (245, 245, 245)
 WRONG = 0.4  # share of wrong captions in pretraining
-TOKENS = 12  # of a prompt, at most, for each tokenizer
+TOKENS = 9  # of a prompt, at most, for each tokenizer
 KINDS = list(itertools.product(COLORS, SHAPES))
 
 
@@ -320,22 +319,25 @@ def encode(pipe, texts: list[str]) -> tuple[Tensor, Tensor]:
     return embeds, pooled
 
 
-def pretrain(pipe, seconds: float, batch: int = 64):
-    """Flow matching of the transformer on noisy captions, for so many seconds. Yields the loss."""
+def pretrain(pipe, steps: int, batch: int = 64):
+    """Flow matching of the transformer on noisy captions. Yields the loss of each step."""
     prompts, rng = prompt_list(), random.Random(0)
     torch.manual_seed(0)
     by_task = {task: [p for p in prompts if p["task"] == task] for task in TASKS}
+
+    def draw_prompt() -> dict:
+        return rng.choice(by_task[rng.choice(TASKS)])
+
     embeds, pooled = encode(pipe, ["", *(prompt["prompt"] for prompt in prompts)])
     index = {prompt["prompt"]: i for i, prompt in enumerate(prompts, 1)}
     optimizer = torch.optim.AdamW(pipe.transformer.parameters(), 1e-3, weight_decay=0.0)
     averaged = [p.detach().clone() for p in pipe.transformer.parameters()]
-    start, spent = time.perf_counter(), 0.0
     pipe.transformer.train()
-    while spent < 1:
-        rate = min(1.0, 50 * spent + 0.02) * (0.5 + 0.5 * math.cos(math.pi * spent))
-        optimizer.param_groups[0]["lr"] = 2e-3 * rate
-        shown = [rng.choice(by_task[rng.choice(TASKS)]) for _ in range(batch)]
-        told = [rng.choice(prompts) if rng.random() < WRONG else prompt for prompt in shown]
+    for step in range(steps):
+        warmup, decay = 50 * step / steps + 0.02, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, warmup) * decay
+        shown, other = ([draw_prompt() for _ in range(batch)] for _ in range(2))
+        told = [b if rng.random() < WRONG else a for a, b in zip(shown, other, strict=True)]
         rows = [0 if rng.random() < 0.1 else index[prompt["prompt"]] for prompt in told]
         x0 = paint([draw_scene(prompt, rng) for prompt in shown]) * 2 - 1
         x0 = ((x0 - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)[:, None]
@@ -354,7 +356,6 @@ def pretrain(pipe, seconds: float, batch: int = 64):
         nn.utils.clip_grad_norm_(pipe.transformer.parameters(), 1.0)
         optimizer.step()
         dgpo.ema_update(averaged, pipe.transformer.parameters(), 0.99)
-        spent = (time.perf_counter() - start) / seconds
         yield loss.item()
     with torch.no_grad():
         for parameter, value in zip(pipe.transformer.parameters(), averaged, strict=True):
@@ -427,13 +428,13 @@ def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parent / "out" / "shapes", help="the pipeline's")
-    add("--minutes", type=float, default=8.0, help="of pretraining (default: 8)")
+    add("--pretraining", type=int, default=2000, help="its steps (default: 2000)")
     add("--lora", type=Path, help="instead of pretraining, the accuracy with this LoRA")
     add("--guidance", type=float, default=2.0, help="in the report (default: 2)")
     add("--steps", type=int, default=10, help="of the sampler, in the report (default: 10)")
     add("--samples", type=int, default=96, help="of each task, in the report (default: 96)")
     args = parser.parse_args()
-    for name in ("minutes", "steps", "samples"):
+    for name in ("pretraining", "steps", "samples"):
         if getattr(args, name) <= 0:
             parser.error(f"argument --{name}: must be above 0, got {getattr(args, name)}")
     check_folder(parser, args.out)
@@ -448,7 +449,7 @@ def main() -> None:
         prompts = prompt_list()
         lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
         (args.out / "prompts.jsonl").write_text(lines)
-        progress = tqdm(pretrain(pipe, 60 * args.minutes), "pretraining", unit=" steps")
+        progress = tqdm(pretrain(pipe, args.pretraining), "pretraining", total=args.pretraining)
         for loss in progress:
             progress.set_postfix(loss=f"{loss:.3f}")
         pipe.save_pretrained(args.out)
