@@ -193,7 +193,7 @@ def test_a_comparison_continues_where_it_was_stopped(small, capsys, monkeypatch)
     with pytest.raises(SystemExit):
         compare.main()
     assert capsys.readouterr().err == (
-        "compare.py: not finished yet: 1 runs of DGPO in ring-2; run it without --table\n"
+        "compare.py: not finished yet: 1 runs of speed in ring-2; run it without --table\n"
     )
 
     monkeypatch.setattr(sys, "argv", sys.argv[:-1])

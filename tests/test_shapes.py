@@ -74,6 +74,14 @@ def test_the_vae_is_the_identity_at_8_bits(pipe):
     assert torch.equal((decoded * 255).round(), (images * 255).round())
 
 
+def test_the_control_gives_a_group_its_grades_in_another_order():
+    group = [PROMPTS[0]] * 60
+    images = drawn(PROMPTS[:60])
+    grades, control = shapes.graded(images, group), shapes.shuffled(images, group)
+    assert sorted(grades) == sorted(control) and grades != control
+    assert control == shapes.shuffled(images, group)
+
+
 def test_all_prompts_are_told_apart(pipe):
     embeds, pooled = shapes.encode(pipe, [prompt["prompt"] for prompt in PROMPTS])
     assert torch.pdist(pooled).min() > 0.05 and torch.pdist(embeds.flatten(1)).min() > 0.5
@@ -82,5 +90,5 @@ def test_all_prompts_are_told_apart(pipe):
 
 
 def test_pretraining_learns(pipe):
-    losses = list(shapes.pretrain(pipe, 40, batch=16))
+    losses = list(shapes.pretrain(pipe, 150, batch=16))
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

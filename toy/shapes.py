@@ -154,6 +154,13 @@ def graded(images: Tensor, prompts: list[dict]) -> list[float]:
     return [sum(grade) / len(grade) for grade in grades]
 
 
+def shuffled(images: Tensor, prompts: list[dict]) -> list[float]:
+    """The grades of a group, each given to another of its pictures: a control, to learn nothing."""
+    grades = graded(images, prompts)
+    random.Random(images.sum().item()).shuffle(grades)
+    return grades
+
+
 def strict(images: Tensor, prompts: list[dict]) -> list[float]:
     """1 if every clause holds, else 0."""
     grades = [clauses(*pair) for pair in zip(read(images)[0], prompts, strict=True)]
