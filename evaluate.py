@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import prompts as prompt_sets
 import rewards
+from rewards.ocr import QUOTED
 from train_sd35 import Fault, decode, load_pipeline, option, parse
 
 VARIANTS = ("base", "lora")
@@ -53,7 +55,9 @@ class Arguments:
 
     lora: str | None = option(None, "its folder, with pytorch_lora_weights.safetensors")
     prompts: str | None = option(None, ".txt or .jsonl file")
-    metrics: list[str] = option([], "rewards to score by: names, or file.py:function")
+    metrics: list[str] = option(
+        [], "rewards to score by: names, or file.py:function; default: those whose weights are here"
+    )
     reward_model: list[str] = option([], "other weights for one of them: name=path ...")
     pretrained_model_name_or_path: str = option(
         "stabilityai/stable-diffusion-3.5-medium", "model, by name or folder", "--model"
@@ -70,7 +74,7 @@ class Arguments:
 def parse_args(argv: list[str] | None = None) -> Arguments:
     """The arguments, checked as far as can be without loading a model. Raises Fault."""
     args = parse(Arguments, sys.argv[1:] if argv is None else argv)
-    for name in ("lora", "prompts", "metrics"):
+    for name in ("lora", "prompts"):
         if not getattr(args, name):
             raise Fault(f"argument --{name}: is needed; --help says what for")
     weights = Path(args.lora) / "pytorch_lora_weights.safetensors"
@@ -100,6 +104,41 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     except OSError as error:
         raise Fault(f"argument --output_dir: cannot write to {out} ({error.strerror})") from None
     return args
+
+
+def load_metric(name: str, device: torch.device | str, model: str | None) -> rewards.Reward:
+    """Raises Fault if it cannot be loaded."""
+    try:
+        return rewards.load(name, device, model)
+    except (OSError, ImportError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise Fault(f"argument --metrics: cannot load {name} ({line})") from None
+
+
+def metrics_at_hand(args: Arguments, prompts: list[dict], say: bool) -> list[str]:
+    """Of Table 2's metrics that fit the prompts, those that load with what is on this machine.
+
+    Raises Fault if none does.
+    """
+    models = dict(spec.split("=", 1) for spec in args.reward_model)
+    wanted = ["aesthetic", "imagereward", "pickscore", "unifiedreward"]
+    if all("include" in prompt for prompt in prompts):
+        wanted.insert(0, "geneval_official")
+    elif all(QUOTED.search(prompt["prompt"]) for prompt in prompts):
+        wanted.insert(0, "ocr")
+    found, fetching = [], huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # weights that are not here stay where they are
+    for metric in wanted:
+        try:
+            load_metric(metric, "cpu", models.get(metric))
+            found.append(metric)
+        except Fault as fault:
+            if say:
+                tqdm.write(f"without {metric}: {fault}")
+    huggingface_hub.constants.HF_HUB_OFFLINE = fetching
+    if not found:
+        raise Fault(f"argument --metrics: none is at hand; name one to fetch: {', '.join(wanted)}")
+    return found
 
 
 def write(path: Path, text: str) -> None:
@@ -202,11 +241,7 @@ def score(
         ]
         if not missing:
             continue
-        try:
-            reward = rewards.load(metric, device, models.get(metric))
-        except (OSError, ImportError, ValueError, AttributeError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise Fault(f"argument --metrics: cannot load {metric} ({line})") from None
+        reward = load_metric(metric, device, models.get(metric))
         batches = range(0, len(missing), args.batch_size)
         for i in tqdm(batches, f"scoring by {metric}", disable=None):
             batch = missing[i : i + args.batch_size]
@@ -306,6 +341,7 @@ def evaluate(args: Arguments) -> None:
     prompts = prompt_sets.read(Path(args.prompts))
     keys = [f"{i:05d}_{seed}" for i in range(len(prompts)) for seed in range(args.seeds)]
     state = PartialState(cpu=not torch.cuda.is_available())
+    args.metrics = args.metrics or metrics_at_hand(args, prompts, say=state.is_main_process)
     if state.is_main_process:
         claim_folder(args, prompts)
     state.wait_for_everyone()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import shapes
@@ -133,6 +134,22 @@ def test_two_processes_draw_and_score_the_same(tiny, loras, prompts, tmp_path):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "two" / "table.json").read_text()) == alone
+
+
+def test_the_default_metrics_are_those_at_hand(tiny, loras, prompts, tmp_path, tiny_clip, capsys):
+    out, clip = tmp_path / "out", f"pickscore={tiny_clip}"
+    found = run(tiny, loras["much"], prompts, out, metrics=None, reward_model=clip)
+    assert list(found["all"]["base"]) == ["pickscore"]
+    said = capsys.readouterr().out
+    for missing in ("aesthetic", "imagereward", "unifiedreward"):
+        assert f"without {missing}: argument --metrics: cannot load {missing} (" in said
+    assert "ocr" not in said  # no prompt has a text in quotation marks
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_no_metric_at_hand_is_an_error(tiny, loras, prompts, tmp_path):
+    with pytest.raises(evaluate.Fault, match="none is at hand; name one to fetch: aesthetic, "):
+        run(tiny, loras["much"], prompts, tmp_path / "out", metrics=None)
 
 
 def test_the_interval_is_the_bootstraps():
