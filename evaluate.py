@@ -1,6 +1,6 @@
 """Is it better, and at what price? A row of the paper's Table 2 for the base model and for a LoRA.
 
-    python evaluate.py --lora runs/dgpo --prompts drawbench.txt --metrics pickscore aesthetic
+    python evaluate.py --lora runs/dgpo --prompts drawbench
 
 Both draw every prompt from the same noise. What is drawn or scored already is not done again.
 """
@@ -54,7 +54,7 @@ class Arguments:
     """Compare a LoRA with its base model on prompts and metrics."""
 
     lora: str | None = option(None, "its folder, with pytorch_lora_weights.safetensors")
-    prompts: str | None = option(None, ".txt or .jsonl file")
+    prompts: str | None = option(None, ".txt or .jsonl file, or a list by name: drawbench, ...")
     metrics: list[str] = option(
         [], "rewards to score by: names, or file.py:function; default: those whose weights are here"
     )
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
         for metric in args.metrics:
             rewards.parse(metric)
         flag = "prompts"
-        read = prompt_sets.read(Path(args.prompts))
+        read = prompt_sets.load(args.prompts)
     except ValueError as error:
         raise Fault(f"argument --{flag}: {error}") from None
     for i, prompt in enumerate(read, 1):
@@ -338,7 +338,7 @@ def grid(args: Arguments, prompts: list[dict], keys: list[str], scores: Scores) 
 
 def evaluate(args: Arguments) -> None:
     """Draws, scores, and writes table.md, table.json, grid.png."""
-    prompts = prompt_sets.read(Path(args.prompts))
+    prompts = prompt_sets.load(args.prompts)
     keys = [f"{i:05d}_{seed}" for i in range(len(prompts)) for seed in range(args.seeds)]
     state = PartialState(cpu=not torch.cuda.is_available())
     args.metrics = args.metrics or metrics_at_hand(args, prompts, say=state.is_main_process)

@@ -1,4 +1,4 @@
-"""Prompt sets: files of prompts, the lists that the paper trained on, and generators of new ones.
+"""Prompt sets: files of prompts, the lists that the paper used, and generators of new ones.
 
 python prompts.py geneval --n 50000 --out geneval.jsonl
 python prompts.py text --n 20000 --out text.txt          # and --split test, which shares none
@@ -7,7 +7,9 @@ python prompts.py text --n 20000 --out text.txt          # and --split test, whi
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -21,12 +23,19 @@ from typing import NoReturn
 
 from rewards.geneval import CLASSES, COLORS
 
-# Flow-GRPO's lists, which the paper trains on, at one commit of its repository.
-SOURCE = "https://raw.githubusercontent.com/yifan123/flow_grpo/c7bb5fee2ef663eee08393759c8cb8a0e027f5e3/dataset"
+# Flow-GRPO's lists, which the paper trains and evaluates on, at one commit of its repository.
+COMMIT = "c7bb5fee2ef663eee08393759c8cb8a0e027f5e3"
+SOURCE = f"https://raw.githubusercontent.com/yifan123/flow_grpo/{COMMIT}/dataset"
 LISTS = {
-    "geneval": "geneval/train_metadata.jsonl",
-    "ocr": "ocr/train.txt",
-    "pickscore": "pickscore/train.txt",
+    "geneval": f"{SOURCE}/geneval/train_metadata.jsonl",
+    "ocr": f"{SOURCE}/ocr/train.txt",
+    "pickscore": f"{SOURCE}/pickscore/train.txt",
+    "geneval_test": f"{SOURCE}/geneval/test_metadata.jsonl",
+    "ocr_test": f"{SOURCE}/ocr/test.txt",
+    "pickscore_test": f"{SOURCE}/pickscore/test.txt",
+    # The sheet of its authors (Saharia et al. 2022), with the columns Prompts and Category.
+    "drawbench": "https://docs.google.com/spreadsheets/d/"
+    "1y7nAbmR4FREi6npB1u-Bo3GFdwdOPYJc617rBOxIRHY/gviz/tq?tqx=out:csv",
 }
 
 
@@ -63,6 +72,11 @@ def read(path: Path) -> list[dict]:
     return prompts
 
 
+def load(name: str) -> list[dict]:
+    """The prompts of a file, or of a list in LISTS by its name. Raises ValueError as both do."""
+    return read(fetch(name) if name in LISTS else Path(name))
+
+
 def fetch(name: str) -> Path:
     """The file of a list in LISTS, downloaded once to the user's cache.
 
@@ -70,18 +84,20 @@ def fetch(name: str) -> Path:
     without a connection and for a file that has changed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dgpo"
-    path = cache / LISTS[name].replace("/", "-")
+    url = LISTS[name]
+    path = cache / f"{name}{'.txt' if url.endswith('.txt') else '.jsonl'}"
     checksum = path.with_suffix(".sha256")
     if not (path.exists() and checksum.exists()):
-        url = f"{SOURCE}/{LISTS[name]}"
         try:
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read()
         except OSError as error:
             raise ValueError(
                 f"cannot fetch {url} ({error}); download it where there is a connection, "
-                "and pass it as --train_prompts"
+                "and give the file instead"
             ) from None
+        if url.endswith("csv"):
+            content = from_sheet(content, url)
         cache.mkdir(parents=True, exist_ok=True)
         for target, data in ((path, content), (checksum, hashlib.sha256(content).hexdigest())):
             new = target.with_suffix(f".{os.getpid()}.new")
@@ -90,6 +106,15 @@ def fetch(name: str) -> Path:
     if hashlib.sha256(path.read_bytes()).hexdigest() != checksum.read_text():
         raise ValueError(f"{path} has changed since it was fetched; delete it to fetch it again")
     return path
+
+
+def from_sheet(content: bytes, url: str) -> bytes:
+    """DrawBench's sheet, as .jsonl. Raises ValueError if it is not that sheet."""
+    rows = list(csv.DictReader(io.StringIO(content.decode())))
+    if not rows or not {"Prompts", "Category"} <= rows[0].keys():
+        raise ValueError(f"{url} is no sheet with the columns Prompts and Category")
+    lines = [{"prompt": row["Prompts"].strip(), "tag": row["Category"].strip()} for row in rows]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 # GenEval's prompts: https://github.com/djghosh13/geneval has the tasks and the metadata.

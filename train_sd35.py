@@ -132,7 +132,9 @@ class Arguments:
         choices=list(RECIPES),
     )
     train_prompts: str | None = option(
-        None, ".txt (a prompt a line) or .jsonl; by default the paper's list for the reward"
+        None,
+        ".txt (a prompt a line) or .jsonl, or a list by name: geneval, ocr, pickscore, ..._test, "
+        "drawbench; by default the paper's list for the reward",
     )
     validation_prompts: str | None = option(
         None, "the same; by default up to 8 prompts that are taken out of the training prompts"
@@ -299,10 +301,10 @@ def check(args: Arguments) -> None:
                 rewards.parse(spec)
         flag = "train_prompts"
         if args.train_prompts:
-            prompt_sets.read(Path(args.train_prompts))
+            prompt_sets.load(args.train_prompts)
         flag = "validation_prompts"
         if args.validation_prompts:
-            prompt_sets.read(Path(args.validation_prompts))
+            prompt_sets.load(args.validation_prompts)
     except ValueError as error:
         raise Fault(f"argument --{flag}: {error}") from None
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
@@ -954,16 +956,13 @@ def load_scorers(args: Arguments, device: torch.device, specs: list[str]) -> dic
 
 def read_prompts(args: Arguments) -> tuple[list[dict], list[dict]]:
     """Training prompts, and validation prompts that are not among them."""
-    if args.train_prompts:
-        training = prompt_sets.read(Path(args.train_prompts))
-    else:
-        wanted = args.recipe if args.recipe in prompt_sets.LISTS else "pickscore"
-        try:
-            training = prompt_sets.read(prompt_sets.fetch(wanted))
-        except ValueError as error:
-            raise Fault(f"argument --train_prompts: {error}") from None
+    published = args.recipe if args.recipe in prompt_sets.LISTS else "pickscore"
+    try:
+        training = prompt_sets.load(args.train_prompts or published)
+    except ValueError as error:
+        raise Fault(f"argument --train_prompts: {error}") from None
     if args.validation_prompts:
-        return training, prompt_sets.read(Path(args.validation_prompts))
+        return training, prompt_sets.load(args.validation_prompts)
     held_out = min(8, len(training) // 8)
     if not held_out:
         return training, training[:1]

@@ -61,11 +61,32 @@ def test_a_list_is_fetched_once_and_checked(cache, monkeypatch):
 
     monkeypatch.setattr(prompts.urllib.request, "urlopen", urlopen)
     for _ in range(2):
-        assert prompts.read(prompts.fetch("ocr")) == [{"prompt": "a sign that says 'hello'"}]
+        assert prompts.load("ocr") == [{"prompt": "a sign that says 'hello'"}]
     assert len(asked) == 1 and asked[0].endswith("/dataset/ocr/train.txt")
-    (cache / "ocr-train.txt").write_text("something else\n")
+    (cache / "ocr.txt").write_text("something else\n")
     with pytest.raises(ValueError, match="has changed since it was fetched; delete it"):
-        prompts.fetch("ocr")
+        prompts.load("ocr")
+
+
+def test_drawbench_is_its_authors_sheet(cache, monkeypatch):
+    sheets = [
+        b'"Prompts","Category"\n'
+        b'"A red car, and a ""white"" sheep.","Colors"\n"Two dogs.","Counting"\n',
+        b"<html>moved</html>",
+    ]
+    monkeypatch.setattr(
+        prompts.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(sheets[0])
+    )
+    expected = [
+        {"prompt": 'A red car, and a "white" sheep.', "tag": "Colors"},
+        {"prompt": "Two dogs.", "tag": "Counting"},
+    ]
+    assert prompts.load("drawbench") == expected
+    (cache / "drawbench.jsonl").unlink()
+    sheets.reverse()
+    with pytest.raises(ValueError, match="no sheet with the columns Prompts and Category"):
+        prompts.load("drawbench")
+    assert not (cache / "drawbench.jsonl").exists()
 
 
 def test_without_a_connection_it_says_what_to_do(cache, monkeypatch):
@@ -73,7 +94,7 @@ def test_without_a_connection_it_says_what_to_do(cache, monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(prompts.urllib.request, "urlopen", urlopen)
-    with pytest.raises(ValueError, match="cannot fetch https.*no route.*pass it as --train"):
+    with pytest.raises(ValueError, match="cannot fetch https.*no route.*give the file instead"):
         prompts.fetch("pickscore")
     assert not cache.exists()
 
