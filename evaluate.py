@@ -121,7 +121,7 @@ def metrics_at_hand(args: Arguments, prompts: list[dict], say: bool) -> list[str
     Raises Fault if none does.
     """
     models = dict(spec.split("=", 1) for spec in args.reward_model)
-    wanted = ["aesthetic", "imagereward", "pickscore", "unifiedreward"]
+    wanted = ["aesthetic", "deqa", "imagereward", "pickscore", "unifiedreward"]
     if all("include" in prompt for prompt in prompts):
         wanted.insert(0, "geneval_official")
     elif all(QUOTED.search(prompt["prompt"]) for prompt in prompts):
