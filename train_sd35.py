@@ -10,6 +10,7 @@ schedule, in [0, 1], with 1 = pure noise; a diffusers model takes 1000 times tha
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -22,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +49,9 @@ from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, HfArgumentParser, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
@@ -114,6 +119,16 @@ def option(default: Any, text: str, *aliases: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+class MicroBatch(int):
+    """A number of images; "auto", to be found, is 0."""
+
+    def __new__(cls, value: str | int) -> MicroBatch:
+        try:
+            return super().__new__(cls, 0 if value == "auto" else value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number or auto, got {value}") from None
+
+
 @dataclass
 class Arguments:
     """Train a LoRA of Stable Diffusion 3.5 by DGPO. Where the default is None, a recipe has it."""
@@ -145,8 +160,8 @@ class Arguments:
     prompts_per_step: int | None = option(None, "P: groups an optimiser step, over all processes")
     group_size: int | None = option(None, "G: images of a prompt")
     max_train_steps: int = option(1000, "optimiser steps")
-    micro_batch_size: int = option(
-        4, "most images in a pass; bounds the memory and changes nothing else"
+    micro_batch_size: MicroBatch = option(
+        4, "most images in a pass, or auto: bounds the memory and changes nothing else"
     )
     resolution: int = option(512, "of the images, in pixels, a multiple of 16")
     max_sequence_length: int = option(128, "of T5's tokens for a prompt")
@@ -264,7 +279,7 @@ def check(args: Arguments) -> None:
         "group_size": (args.group_size >= 2, "at least 2"),
         "prompts_per_step": (args.prompts_per_step >= 1, "at least 1"),
         "max_train_steps": (args.max_train_steps >= 1, "at least 1"),
-        "micro_batch_size": (args.micro_batch_size >= 1, "at least 1"),
+        "micro_batch_size": (args.micro_batch_size >= 0, "at least 1, or auto"),
         "resolution": (args.resolution > 0 and args.resolution % 16 == 0, "a multiple of 16"),
         "num_inference_steps": (args.num_inference_steps >= 1, "at least 1"),
         "train_timesteps": (args.train_timesteps >= 1, "at least 1"),
@@ -287,6 +302,8 @@ def check(args: Arguments) -> None:
     if args.mixed_precision == "bf16" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported():
             raise Fault("argument --mixed_precision: this GPU has no bf16; give no")
+    if args.memory_plan and not args.micro_batch_size:
+        raise Fault("argument --micro_batch_size: --memory_plan needs a number, got auto")
     above = trained_times(args)
     if len(above) < args.train_timesteps:
         raise Fault(
@@ -1007,6 +1024,39 @@ def build(args: Arguments, accelerator: Accelerator, pipe: StableDiffusion3Pipel
     return Trainer(args, accelerator, pipe, parameters, old, ema, times, Signals().check)
 
 
+def fit_micro_batch(trainer: Trainer) -> int:
+    """The most images that memory has room for in a pass, by trying: largest first.
+
+    More than all K times of a group are never in one. Raises torch.OutOfMemoryError if not even one
+    image fits.
+    """
+    args, device = trainer.args, trainer.device
+    side = args.resolution // trainer.pipe.vae_scale_factor
+
+    def a_pass(m: int) -> None:
+        # What Adam will hold, and as much again for what fragmentation takes.
+        spare = torch.zeros(4 * sum(p.numel() for p in trainer.parameters), device=device)
+        x = torch.randn(m, trainer.pipe.transformer.config.in_channels, side, side)
+        trainer.decode(trainer.sample("", x, 1, args.guidance_scale))
+        t = torch.full((m,), 0.8, device=device)
+        trainer.velocity("")(x.to(device), t, t).square().mean().backward()
+        del spare
+
+    rows = args.train_timesteps * args.group_size
+    for m in sorted({math.ceil(rows / n) for n in range(1, rows + 1)}, reverse=True):
+        args.micro_batch_size = m
+        try:
+            a_pass(m)
+            return m
+        except torch.OutOfMemoryError:
+            if m == 1:
+                raise
+        finally:
+            for parameter in trainer.parameters:
+                parameter.grad = None
+            torch.cuda.empty_cache()  # which does nothing without a GPU
+
+
 def train(args: Arguments) -> None:
     """Algorithm 1, from the first step or a checkpoint to the last, and what it leaves on disk."""
     training, validation = read_prompts(args)
@@ -1082,6 +1132,8 @@ def train(args: Arguments) -> None:
                 texts = [text for later in ahead for text in own_texts(later)]
                 texts += [prompt["prompt"] for prompt in validation if main]
                 trainer.encoded = encode(texts, trainer.encoded)
+            if not args.micro_batch_size:
+                tqdm.write(f"--micro_batch_size auto: {fit_micro_batch(trainer)}")
             if main and base is None:
                 with without_lora(pipe.transformer):
                     base = render(trainer, validation)
@@ -1258,9 +1310,65 @@ CLIP_G = {
 }
 
 
-def bare_passes(trainer: Trainer, text: str) -> dict[str, float]:
-    """Seconds of a group's network passes by themselves: the same batches, nothing around them."""
-    args, transformer, clock = trainer.args, trainer.pipe.transformer, Clock(trainer.device)
+class Account(TorchDispatchMode):
+    """FLOPs, bytes and the least seconds of each phase, operation by operation.
+
+    An operation takes at least its FLOPs at the peak of matrix products, and at least its bytes,
+    in and out, at the peak of memory (the roofline; Williams et al. 2009). Fused kernels and caches
+    move fewer bytes than are counted.
+    """
+
+    def __init__(self, peak: float, bandwidth: float):
+        super().__init__()
+        self.peak, self.bandwidth = peak, bandwidth
+        self.phases: dict[str, Counter[str]] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.now = self.phases.setdefault(phase, Counter())
+        with self:
+            yield
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket not in flop_registry:  # if it is made of others, count those
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        if not func.is_view:
+            count = flop_registry.get(func._overloadpacket)
+            flops = count(*args, **kwargs, out_val=out) if count else 0
+            moved = sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
+            seconds = max(flops / self.peak, moved / self.bandwidth)
+            self.now.update(flops=flops, bytes=moved, seconds=seconds)
+        return out
+
+
+def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOPs a second of a large matrix product, and bytes a second of a large copy."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
+
+    def best(work: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(6):  # the first is to warm up
+            clock = Clock(device)
+            with clock("work"):
+                work()
+            seconds.append(clock.seconds["work"])
+        return min(seconds[1:])
+
+    c = torch.empty(16 * n * n, device=device, dtype=torch.uint8)
+    return 2 * n**3 / best(lambda: a @ b), 2 * c.nbytes / best(c.clone)
+
+
+def bare_passes(trainer: Trainer, text: str, clock: Clock | Account) -> None:
+    """A group's network passes by themselves: the same batches, nothing around them."""
+    args, transformer = trainer.args, trainer.pipe.transformer
     side = args.resolution // trainer.pipe.vae_scale_factor
     shape = (args.group_size, transformer.config.in_channels, side, side)
     x0 = torch.randn(shape, device=trainer.device)
@@ -1292,11 +1400,14 @@ def bare_passes(trainer: Trainer, text: str) -> dict[str, float]:
                 for _ in range(bool(args.clip) + (len(batches) > 1)):  # theta^-, and theta for S
                     forward(x, 1.0)
             forward(x, 1.0).float().mean().backward()
-    return clock.seconds
 
 
 def benchmark(args: Arguments) -> None:
-    """Times --benchmark steps against their bare network passes, in one run."""
+    """Times --benchmark steps against their bare network passes, in one run.
+
+    Beside it what the passes must take at the machine's measured peaks, and the share of the peak
+    of matrix products that they reach (MFU). Recomputed activations count as work.
+    """
     accelerator = launch(args)
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
     if args.pretrained_model_name_or_path == Arguments.pretrained_model_name_or_path:
@@ -1310,28 +1421,45 @@ def benchmark(args: Arguments) -> None:
         encoded = Encoder(pipe, args, accelerator.device)(texts, {})
     trainer = build(args, accelerator, pipe)
     trainer.encoded = encoded
+    if not args.micro_batch_size:
+        print(f"--micro_batch_size auto: {fit_micro_batch(trainer)}")
     optimizer = torch.optim.AdamW(trainer.parameters, args.learning_rate)
     scorers = {"random": (1.0, lambda images, prompts: torch.rand(len(images)))}
     chosen = [{"prompt": text} for text in texts[1:]]
     groups = len(range(accelerator.process_index, len(chosen), accelerator.num_processes))
 
+    peak, bandwidth = measured_peaks(accelerator.device, precision(args))
+    account = Account(peak, bandwidth)
     take_step(trainer, optimizer, scorers, chosen, 0)  # warm
-    bare_passes(trainer, texts[1])
+    bare_passes(trainer, texts[1], account)
     steps, bare = [], []
     for step in range(1, args.benchmark + 1):
         steps.append(take_step(trainer, optimizer, scorers, chosen, step))
-        bare.append({k: groups * v for k, v in bare_passes(trainer, texts[1]).items()})
+        clock = Clock(trainer.device)
+        bare_passes(trainer, texts[1], clock)
+        bare.append({k: groups * v for k, v in clock.seconds.items()})
     if not accelerator.is_main_process:
         return
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    print(f"{'seconds a step':16}{'ours':>10}{'bare passes':>14}{'overhead':>10}")
-    for phase in (*bare[0], "step"):
+    print(
+        f"{peak / 1e12:.3g} TFLOP/s and {bandwidth / 1e9:.3g} GB/s at most, in {precision(args)}\n"
+        f"{'seconds a step':16}{'ours':>10}{'bare passes':>14}{'overhead':>10}"
+        f"{'TFLOP':>10}{'GB':>10}{'at the peaks':>14}{'MFU':>8}"
+    )
+    whole = Counter()
+    for counted in account.phases.values():
+        whole.update(counted)
+    for phase, counted in {**account.phases, "step": whole}.items():
         ours = mean([m["seconds" if phase == "step" else f"seconds/{phase}"] for m in steps])
         alone = mean([sum(b.values()) if phase == "step" else b[phase] for b in bare])
-        print(f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}")
+        flops, moved, least = (groups * counted[k] for k in ("flops", "bytes", "seconds"))
+        print(
+            f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}"
+            f"{flops / 1e12:>10.3g}{moved / 1e9:>10.3g}{least:>14.3f}{flops / alone / peak:>8.1%}"
+        )
     print(f"{mean([m['images_per_second'] for m in steps]):.3f} images a second trained on")
     if "peak_memory_gb" in steps[-1]:
         print(f"{steps[-1]['peak_memory_gb']:.2f} GB at most")

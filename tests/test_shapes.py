@@ -15,7 +15,7 @@ def drawn(prompts, seed=0):
 
 
 def test_every_prompt_is_there_once():
-    assert len({prompt["prompt"] for prompt in PROMPTS}) == len(PROMPTS) == 12 + 24 + 24 + 132
+    assert len({prompt["prompt"] for prompt in PROMPTS}) == len(PROMPTS) == 6 + 12 + 12 + 30
 
 
 def test_the_checker_is_exact_on_what_was_drawn():

@@ -161,7 +161,9 @@ BAD = {
     "--beta 0": "--beta: must be above 0, got 0.0",
     "--report_to paper": "invalid choice: 'paper'",
     "--report_to wandb": "--report_to: needs `pip install wandb`",
-    "--micro_batch_size 0": "--micro_batch_size: must be at least 1, got 0",
+    "--micro_batch_size -1": "--micro_batch_size: must be at least 1, or auto, got -1",
+    "--micro_batch_size few": ": must be a number or auto, got few",
+    "--memory_plan --micro_batch_size auto": "--micro_batch_size: --memory_plan needs a number",
     "--output_dir {}/file/run": "--output_dir: cannot write to",
     "--output_dir {}/other": "holds a run; continue it with --resume_from_checkpoint latest",
     "--output_dir {}/other --resume_from_checkpoint latest --recipe pickscore": "has 3, got 24",
@@ -261,6 +263,22 @@ def test_the_lora_loads_in_diffusers_and_draws_the_trainers_own_picture(plain, t
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_any_micro_batch_size_takes_the_same_steps(size, plain, tiny, tmp_path):
     changed = run(tiny, tmp_path / "run", micro_batch_size=size)
+    assert difference(lora(plain), changed) < 1e-5
+
+
+def test_auto_takes_the_largest_micro_batch_that_fits(plain, tiny, tmp_path, monkeypatch, capsys):
+    decode, tried = train_sd35.decode, []
+
+    def small_memory(vae, latents):
+        tried.append(len(latents))
+        if len(latents) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(vae, latents)
+
+    monkeypatch.setattr(train_sd35, "decode", small_memory)
+    changed = run(tiny, tmp_path / "run", micro_batch_size="auto")
+    assert "--micro_batch_size auto: 4" in capsys.readouterr().out
+    assert tried[:3] == [8, 4, 1]  # two times of a group of four; after that, a validation picture
     assert difference(lora(plain), changed) < 1e-5
 
 
@@ -494,8 +512,24 @@ def test_old_checkpoints_go(whole):
 def test_the_benchmark_prints_the_overhead(tiny, tmp_path, capsys):
     train_sd35.benchmark(train_sd35.parse_args(flags(tiny, tmp_path / "run", benchmark=1)))
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed[1:5]] == ["rollout", "decode", "train", "step"]
-    assert all(line.endswith("%") for line in printed[1:5])
+    table = {line.split()[0]: line.split()[1:] for line in printed[2:6]}
+    assert list(table) == ["rollout", "decode", "train", "step"]
+    for ours, bare, overhead, *_, mfu in table.values():
+        assert float(overhead[:-1]) == pytest.approx(100 * (float(ours) / float(bare) - 1), abs=20)
+        assert 0 < float(mfu[:-1]) < 100
+
+
+def test_the_account_counts_flops_and_bytes():
+    account = train_sd35.Account(peak=1e6, bandwidth=1e6)
+    layer, x = torch.nn.Linear(30, 20, bias=False), torch.randn(10, 30, requires_grad=True)
+    with account("forward"):
+        y = layer(x)
+    with account("backward"):
+        y.sum().backward()
+    forward, backward = account.phases["forward"], account.phases["backward"]
+    assert forward["flops"] == 2 * 10 * 30 * 20 and backward["flops"] == 2 * forward["flops"]
+    assert forward["bytes"] == 4 * (10 * 30 + 30 * 20 + 10 * 20)
+    assert forward["seconds"] == pytest.approx(max(0.012, 0.0044))
 
 
 def test_the_memory_plan_counts_the_real_geometry(tmp_path, capsys):
