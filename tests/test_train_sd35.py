@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark_step
 import numpy as np
 import pytest
 import shapes
@@ -507,6 +508,21 @@ def test_old_checkpoints_go(whole):
 
 
 # The benchmark
+
+
+@pytest.mark.parametrize("micro_batch_size", [3, 8])
+def test_a_groups_gradient_is_that_of_the_formulas_and_autograd(tiny, tmp_path, micro_batch_size):
+    """With clip and KL, against a plain step that uses nothing of dgpo.py."""
+    size = {"micro_batch_size": micro_batch_size}
+    args = train_sd35.parse_args(flags(tiny, tmp_path / "run", recipe="ocr", clip=1e-4, **size))
+    trainer, x0, advantages = benchmark_step.prepare(args)
+    metrics = trainer.backward_group(0, 0, benchmark_step.TEXT, x0, advantages)
+    assert 0 < metrics["clipped"] < 1 and abs(metrics["gate"].mean() - 0.5) > 1e-3
+    ours = [parameter.grad.clone() for parameter in trainer.parameters]
+    plain = benchmark_step.gradients(
+        trainer, lambda: benchmark_step.plain_group(trainer, 0, 0, x0, advantages)
+    )
+    assert benchmark_step.distance(ours, plain) < 1e-5
 
 
 def test_the_benchmark_prints_the_overhead(tiny, tmp_path, capsys):
