@@ -1,7 +1,7 @@
 """A training step, ours and a plain one, on the same transformer, batch and recipe; and in bf16.
 
     python tests/benchmark_step.py                            # SD3.5 Medium's geometry: for a GPU
-    python tests/benchmark_step.py --model toy/out/shapes --resolution 32 --max_sequence_length 9
+    python tests/benchmark_step.py --model toy/out/shapes --resolution 16 --max_sequence_length 9
 
 takes train_sd35.py's arguments. The plain step is the schedule of the authors' released trainer:
 the whole group in one batch, the reference, the old policy and theta as three passes at every

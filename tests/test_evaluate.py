@@ -60,7 +60,7 @@ def flags(tiny, lora, prompts, out, **changed):
         "metrics": [BRIGHTNESS, STRICT],
         "num_inference_steps": 3,
         "guidance_scale": 2,
-        "resolution": 32,
+        "resolution": shapes.SIDE,
         "max_sequence_length": shapes.TOKENS,
         "seeds": 2,
         **changed,

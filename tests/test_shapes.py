@@ -35,23 +35,23 @@ RED_CIRCLE, BLUE_SQUARE = ("red", "circle"), ("blue", "square")
 
 
 def scene(**cells):
-    return [cells.get(f"c{i}") for i in range(16)]
+    return [cells.get(f"c{i}") for i in range(4)]
 
 
 @pytest.mark.parametrize(
     ("text", "seen", "grades"),
     [
-        ("a red circle", scene(c4=RED_CIRCLE), [1, 1]),
+        ("a red circle", scene(c2=RED_CIRCLE), [1, 1]),
         ("a red circle", scene(), [0, 1]),
-        ("a red circle", scene(c4=BLUE_SQUARE), [0, 1 / 2]),
-        ("a red circle", scene(c4=RED_CIRCLE, c5=BLUE_SQUARE), [1, 1 / 2]),
-        ("a red circle", scene(c4=RED_CIRCLE, c5=RED_CIRCLE), [0, 1 / 2]),
-        ("a red circle on the left", scene(c5=RED_CIRCLE), [1, 1, 1]),
-        ("a red circle on the left", scene(c6=RED_CIRCLE), [1, 1, 0]),
+        ("a red circle", scene(c2=BLUE_SQUARE), [0, 1 / 2]),
+        ("a red circle", scene(c2=RED_CIRCLE, c3=BLUE_SQUARE), [1, 1 / 2]),
+        ("a red circle", scene(c2=RED_CIRCLE, c3=RED_CIRCLE), [0, 1 / 2]),
+        ("a red circle on the left", scene(c2=RED_CIRCLE), [1, 1, 1]),
+        ("a red circle on the left", scene(c1=RED_CIRCLE), [1, 1, 0]),
         ("a red circle on the left", scene(), [0, 1, 0]),
         ("three red circles", scene(c0=RED_CIRCLE, c1=RED_CIRCLE), [2 / 3, 1]),
         ("a red circle and a blue square", scene(c0=RED_CIRCLE), [1, 0, 1]),
-        ("a red circle and a blue square", scene(c0=RED_CIRCLE, c8=BLUE_SQUARE), [1, 1, 1]),
+        ("a red circle and a blue square", scene(c0=RED_CIRCLE, c3=BLUE_SQUARE), [1, 1, 1]),
     ],
 )
 def test_the_grades_by_hand(text, seen, grades):
@@ -69,7 +69,7 @@ def pipe():
 
 @torch.no_grad()
 def test_the_vae_is_the_identity_at_8_bits(pipe):
-    images = torch.cat([drawn(PROMPTS[:20]), torch.randint(256, (4, 3, 32, 32)) / 255])
+    images = torch.cat([drawn(PROMPTS[:20]), torch.randint(256, (4, 3, shapes.SIDE, shapes.SIDE)) / 255])
     decoded = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
     assert torch.equal((decoded * 255).round(), (images * 255).round())
 

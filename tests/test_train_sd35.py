@@ -39,7 +39,7 @@ def flags(tiny, out, **changed):
         "train_prompts": tiny / "prompts.jsonl",
         "output_dir": out,
         "reward": f"{REWARD}:brightness",
-        "resolution": 32,
+        "resolution": shapes.SIDE,
         "max_sequence_length": shapes.TOKENS,
         "num_inference_steps": 4,
         "train_timesteps": 2,
@@ -240,7 +240,8 @@ def test_the_lora_loads_in_diffusers_and_draws_the_trainers_own_picture(plain, t
     pipe.scheduler = train_sd35.scheduler(args)
     pipe.set_progress_bar_config(disable=True)
     prompt = train_sd35.read_prompts(args)[1][0]["prompt"]
-    noise = torch.randn(3, 32, 32, generator=train_sd35.seeded(args.seed, train_sd35.VALIDATION, 0))
+    side, generator = shapes.SIDE, train_sd35.seeded(args.seed, train_sd35.VALIDATION, 0)
+    noise = torch.randn(3, side, side, generator=generator)
 
     def draw():
         output = pipe(
@@ -248,14 +249,14 @@ def test_the_lora_loads_in_diffusers_and_draws_the_trainers_own_picture(plain, t
             latents=noise[None],
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            height=32,
-            width=32,
+            height=side,
+            width=side,
             max_sequence_length=args.max_sequence_length,
         )
         return np.asarray(output.images[0])
 
     grid = np.asarray(Image.open(plain / "validation" / "step-000003.png"))
-    kept = [grid[52:244:6, 192 * i : 192 * (i + 1) : 6] for i in range(2)]
+    kept = [grid[52:244:12, 192 * i : 192 * (i + 1) : 12] for i in range(2)]
     assert np.array_equal(draw(), kept[0])
     pipe.load_lora_weights(plain, weight_name="pytorch_lora_weights.safetensors")
     assert np.array_equal(draw(), kept[1])

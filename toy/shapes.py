@@ -3,7 +3,7 @@
     python toy/shapes.py                       builds and pretrains it: toy/out/shapes
     python train_sd35.py --model toy/out/shapes --reward toy/shapes.py:graded ...    (see README)
 
-The pretraining captions are noisy, as the web's are: three in ten are those of another picture. So
+The pretraining captions are noisy, as the web's are: six in ten are those of another picture. So
 the model can draw what is asked for and often does not, and that is what reinforcement is for.
 """
 
@@ -25,13 +25,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/shapes.py` finds dgpo.py
 import dgpo  # noqa: E402
 
-SIDE, CELL, GRID = 32, 8, 4  # a picture's and a cell's side in pixels, and how many cells that is
+SIDE, CELL, GRID = 16, 8, 2  # a picture's and a cell's side in pixels, and how many cells that is
 COLORS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 220)}
 SHAPES = ("circle", "square")
-SIDES = {"left": (0, 1), "right": (2, 3)}  # the columns of cells
+SIDES = {"left": (0,), "right": (1,)}  # the columns of cells
 COUNTS = {"two": 2, "three": 3}
 BACKGROUND = (245, 245, 245)
-WRONG = 0.3  # share of wrong captions in pretraining
+WRONG = 0.6  # share of wrong captions in pretraining
 TOKENS = 9  # of a prompt, at most, for each tokenizer
 KINDS = list(itertools.product(COLORS, SHAPES))
 
@@ -220,7 +220,7 @@ def identity_vae():
         norm_num_groups=1,
         sample_size=SIDE,
         shift_factor=0.9,  # so that the background is about 0, where the noise's mean is
-        scaling_factor=2.0,
+        scaling_factor=1.0,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
@@ -431,7 +431,7 @@ def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parent / "out" / "shapes", help="the pipeline's")
-    add("--pretraining", type=int, default=2000, help="its steps (default: 2000)")
+    add("--pretraining", type=int, default=4500, help="its steps (default: 4500)")
     add("--lora", type=Path, help="instead of pretraining, the accuracy with this LoRA")
     add("--guidance", type=float, default=2.0, help="in the report (default: 2)")
     add("--steps", type=int, default=10, help="of the sampler, in the report (default: 10)")
