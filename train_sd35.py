@@ -190,6 +190,11 @@ class Arguments:
     rank: int = option(64, "of the LoRA")
     lora_alpha: int = option(128, "of the LoRA")
     learning_rate: float = option(3e-4, "of AdamW")
+    lr_scheduler: str = option(
+        "constant",
+        "of the learning rate; cosine falls to 0 at --max_train_steps",
+        choices=["constant", "cosine"],
+    )
     adam_weight_decay: float = option(1e-4, "of AdamW")
     max_grad_norm: float = option(1.0, "that the gradient is clipped to")
     ema_decay: float = option(0.9, "of the weights that are validated and saved")
@@ -935,6 +940,13 @@ def take_step(
     return metrics
 
 
+def learning_rate(args: Arguments, step: int) -> float:
+    """Of one step, a function of it alone, so that no checkpoint has to hold it."""
+    if args.lr_scheduler == "constant":
+        return args.learning_rate
+    return args.learning_rate * (0.5 + 0.5 * math.cos(math.pi * step / args.max_train_steps))
+
+
 def follow(trainer: Trainer, step: int) -> None:
     """Line 15: theta^- follows theta, and so does, more seldom, the average that is saved."""
     args = trainer.args
@@ -1138,6 +1150,7 @@ def train(args: Arguments) -> None:
                 with without_lora(pipe.transformer):
                     base = render(trainer, validation)
 
+            optimizer.param_groups[0]["lr"] = learning_rate(args, step)
             metrics = take_step(trainer, optimizer, scorers, chosen, step)  # lines 4 to 14
             bad_steps = 0 if metrics["grad_norm"] is not None else bad_steps + 1
             if not bad_steps:

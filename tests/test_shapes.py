@@ -69,7 +69,9 @@ def pipe():
 
 @torch.no_grad()
 def test_the_vae_is_the_identity_at_8_bits(pipe):
-    images = torch.cat([drawn(PROMPTS[:20]), torch.randint(256, (4, 3, shapes.SIDE, shapes.SIDE)) / 255])
+    images = torch.cat(
+        [drawn(PROMPTS[:20]), torch.randint(256, (4, 3, shapes.SIDE, shapes.SIDE)) / 255]
+    )
     decoded = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
     assert torch.equal((decoded * 255).round(), (images * 255).round())
 

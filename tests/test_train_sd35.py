@@ -284,6 +284,19 @@ def test_auto_takes_the_largest_micro_batch_that_fits(plain, tiny, tmp_path, mon
     assert difference(lora(plain), changed) < 1e-5
 
 
+def test_the_learning_rate_hangs_on_the_step_alone():
+    args = train_sd35.Arguments(learning_rate=2.0, max_train_steps=4, lr_scheduler="cosine")
+    rates = [train_sd35.learning_rate(args, step) for step in range(4)]
+    assert rates == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+    args.lr_scheduler = "constant"
+    assert {train_sd35.learning_rate(args, step) for step in range(9)} == {2.0}
+
+
+def test_a_learning_rate_that_falls_takes_other_steps(plain, tiny, tmp_path):
+    falling = run(tiny, tmp_path / "run", lr_scheduler="cosine")
+    assert difference(lora(plain), falling) > 1e-3
+
+
 def test_another_seed_takes_other_steps(plain, tiny, tmp_path):
     assert difference(lora(plain), run(tiny, tmp_path / "run", seed=1)) > 1e-3
 

@@ -18,7 +18,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ SHAPES = ("circle", "square")
 SIDES = {"left": (0,), "right": (1,)}  # the columns of cells
 COUNTS = {"two": 2, "three": 3}
 BACKGROUND = (245, 245, 245)
-WRONG = 0.6  # share of wrong captions in pretraining
+WRONG = 0.35  # share of wrong captions in pretraining
 TOKENS = 9  # of a prompt, at most, for each tokenizer
 KINDS = list(itertools.product(COLORS, SHAPES))
 
@@ -398,31 +397,58 @@ def held_out(n: int, seed: int = 1234) -> list[dict]:
     ]
 
 
-def report(title: str, images: Tensor, prompts: list[dict]) -> None:
-    """A row: strict accuracy of all and by task, cleanness."""
+def report(title: str, images: Tensor, prompts: list[dict]) -> str:
+    """A row of the table: strict accuracy of all and by task, and cleanness."""
     right = torch.tensor(strict(images, prompts))
     tasks = [prompt["task"] for prompt in prompts]
     by_task = [right[[task == t for t in tasks]].mean().item() for task in TASKS]
     clean = torch.tensor(cleanness(images, prompts)).mean().item()
-    columns = "".join(f"{value:>10.3f}" for value in [right.mean().item(), *by_task])
-    print(f"{title:24}{columns}{clean:>12.4f}", flush=True)
+    columns = " | ".join(f"{value:.3f}" for value in [right.mean().item(), *by_task])
+    return f"| {title} | {columns} | {clean:.4f} |"
 
 
-def report_header() -> None:
-    print(
-        f"{'strict accuracy':24}{'all':>10}"
-        + "".join(f"{task:>10}" for task in TASKS)
-        + f"{'cleanness':>12}"
-    )
+HEADER = (
+    f"| strict accuracy | all | {' | '.join(TASKS)} | cleanness |\n{'|---' * (len(TASKS) + 3)}|"
+)
+# How pictures are drawn for the table: guidance scale and steps. The first is that of the training.
+CONDITIONS = {"": (1.0, 10), ", guidance 2": (2.0, 10), ", 28 steps": (1.0, 28)}
 
 
-def contact_sheet(path: Path, images: Tensor, columns: int) -> None:
-    """Pictures side by side, three times their size."""
-    pixels = (images * 255).round().to(torch.uint8)
-    rows = [torch.cat(list(row), 2) for row in pixels.split(columns)]
-    sheet = torch.cat(rows, 1).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(sheet)
-    picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path)
+def contact_sheet(images: Tensor, prompts: list[dict], columns: int = 12) -> Tensor:
+    """The first `columns` pictures of each task in a row of their own, (H, W, 3) in [0, 1]."""
+    rows = []
+    for task in TASKS:
+        own = images[[prompt["task"] == task for prompt in prompts]][:columns]
+        framed = nn.functional.pad(own, (1, 1, 1, 1), value=0.5)
+        rows.append(torch.cat(list(framed), 2))
+    return torch.cat(rows, 1).permute(1, 2, 0)
+
+
+def plot(path: Path, sheets: dict[str, Tensor], rewards: dict[str, list[float]]) -> None:
+    """Contact sheets above, and the rollouts' mean reward in each run, over ten steps, below."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    rows = len(sheets) + bool(rewards)
+    figure, axes = plt.subplots(rows, figsize=(8, 2.9 * rows), squeeze=False, layout="constrained")
+    for panel, (title, sheet) in zip(axes[:, 0], sheets.items(), strict=False):
+        panel.imshow(sheet.numpy(), interpolation="nearest")
+        panel.set_title(title, fontsize=14)
+        middles = (torch.arange(len(TASKS)) + 0.5) * (SIDE + 2)
+        panel.set_xticks([])
+        panel.set_yticks(middles.tolist(), TASKS, fontsize=12)
+    for (name, values), style in zip(rewards.items(), itertools.cycle(("-", "--", "-.", ":"))):
+        means = torch.tensor(values).unfold(0, 10, 10).mean(1)
+        steps = 10 * torch.arange(1, len(means) + 1)
+        axes[-1, 0].plot(steps, means, style, color="black", label=name)
+    if rewards:
+        axes[-1, 0].set_xlabel("optimiser step", fontsize=12)
+        axes[-1, 0].set_ylabel("mean reward of the rollouts", fontsize=12)
+        axes[-1, 0].set_ylim(0, 1)
+        axes[-1, 0].grid(alpha=0.3)
+        axes[-1, 0].legend(fontsize=12)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -431,15 +457,20 @@ def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parent / "out" / "shapes", help="the pipeline's")
-    add("--pretraining", type=int, default=4500, help="its steps (default: 4500)")
-    add("--lora", type=Path, help="instead of pretraining, the accuracy with this LoRA")
-    add("--guidance", type=float, default=2.0, help="in the report (default: 2)")
-    add("--steps", type=int, default=10, help="of the sampler, in the report (default: 10)")
-    add("--samples", type=int, default=96, help="of each task, in the report (default: 96)")
+    add("--pretraining", type=int, default=3500, help="its steps (default: 3500)")
+    add("--samples", type=int, default=96, help="of each task, in the table (default: 96)")
+    add("--lora", type=Path, nargs="+", help="do not pretrain: the table with each of these LoRAs")
+    add("--figure", type=Path, help="pictures before and with the first LoRA, and their curves")
     args = parser.parse_args()
-    for name in ("pretraining", "steps", "samples"):
-        if getattr(args, name) <= 0:
-            parser.error(f"argument --{name}: must be above 0, got {getattr(args, name)}")
+    for name in ("pretraining", "samples"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {getattr(args, name)}")
+    weights = "pytorch_lora_weights.safetensors"
+    for folder in args.lora or ():
+        if not (folder / weights).exists():
+            parser.error(f"argument --lora: there is no {folder / weights}")
+    if args.lora and not (args.out / "model_index.json").exists():
+        parser.error(f"argument --out: {args.out} holds no pipeline; run toy/shapes.py first")
     check_folder(parser, args.out)
 
     from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
@@ -449,9 +480,9 @@ def main() -> None:
         pipe.set_progress_bar_config(disable=True)
     else:
         pipe = build()
-        prompts = prompt_list()
-        lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-        (args.out / "prompts.jsonl").write_text(lines)
+        for name, prompts in {"prompts": prompt_list(), "held_out": held_out(6)}.items():
+            lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+            (args.out / f"{name}.jsonl").write_text(lines)
         progress = tqdm(pretrain(pipe, args.pretraining), "pretraining", total=args.pretraining)
         for loss in progress:
             progress.set_postfix(loss=f"{loss:.3f}")
@@ -460,17 +491,27 @@ def main() -> None:
     pipe.scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
     )
-    prompts = held_out(args.samples)
-    report_header()
-    images = sample(pipe, prompts, 0, args.guidance, args.steps)
-    report("base", images, prompts)
-    sheet = [i * args.samples + j for i in range(len(TASKS)) for j in range(min(12, args.samples))]
-    contact_sheet(args.out / "base.png", images[sheet], min(12, args.samples))
-    if args.lora:
-        pipe.load_lora_weights(args.lora, weight_name="pytorch_lora_weights.safetensors")
-        images = sample(pipe, prompts, 0, args.guidance, args.steps)
-        report(str(args.lora), images, prompts)
-        contact_sheet(args.lora / "after.png", images[sheet], min(12, args.samples))
+    prompts, sheets = held_out(args.samples), {}
+    print(HEADER)
+    for lora in [None, *(args.lora or ())]:
+        name = lora.name if lora else "base"
+        if lora:
+            pipe.load_lora_weights(lora, weight_name=weights)
+        for condition, (guidance, steps) in CONDITIONS.items():
+            images = sample(pipe, prompts, 0, guidance, steps)
+            print(report(name + condition, images, prompts), flush=True)
+            if not condition:
+                sheets[name] = contact_sheet(images, prompts)
+        if lora:
+            pipe.unload_lora_weights()
+    plot(args.out / "base.png", {"base": sheets["base"]}, {})
+    if args.figure:
+        first = args.lora[0].name if args.lora else "base"
+        curves = {
+            folder.name: [json.loads(line)["reward"] for line in (folder / "metrics.jsonl").open()]
+            for folder in args.lora or ()
+        }
+        plot(args.figure, {name: sheets[name] for name in ("base", first)}, curves)
 
 
 if __name__ == "__main__":
