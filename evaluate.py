@@ -1,5 +1,6 @@
 """Is it better, and at what price? A row of the paper's Table 2 for the base model and for a LoRA.
 
+    python evaluate.py --lora runs/dgpo --reward ocr          # on the task's test prompts
     python evaluate.py --lora runs/dgpo --prompts drawbench
 
 Both draw every prompt from the same noise. What is drawn or scored already is not done again.
@@ -55,6 +56,9 @@ class Arguments:
 
     lora: str | None = option(None, "its folder, with pytorch_lora_weights.safetensors")
     prompts: str | None = option(None, ".txt or .jsonl file, or a list by name: drawbench, ...")
+    reward: str | None = option(
+        None, "the task's metric; geneval, ocr and pickscore bring their test prompts"
+    )
     metrics: list[str] = option(
         [], "rewards to score by: names, or file.py:function; default: those whose weights are here"
     )
@@ -74,6 +78,10 @@ class Arguments:
 def parse_args(argv: list[str] | None = None) -> Arguments:
     """The arguments, checked as far as can be without loading a model. Raises Fault."""
     args = parse(Arguments, sys.argv[1:] if argv is None else argv)
+    if f"{args.reward}_test" in prompt_sets.LISTS:
+        args.prompts = args.prompts or f"{args.reward}_test"
+    if args.reward == "geneval":
+        args.reward = "geneval_official"
     for name in ("lora", "prompts"):
         if not getattr(args, name):
             raise Fault(f"argument --{name}: is needed; --help says what for")
@@ -85,8 +93,11 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
             raise Fault(f"argument --{name}: must be at least 1, got {getattr(args, name)}")
     if args.resolution < 16 or args.resolution % 16:
         raise Fault(f"argument --resolution: must be a multiple of 16, got {args.resolution}")
-    flag = "metrics"
     try:
+        flag = "reward"
+        if args.reward:
+            rewards.parse(args.reward)
+        flag = "metrics"
         for metric in args.metrics:
             rewards.parse(metric)
         flag = "prompts"
@@ -94,7 +105,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     except ValueError as error:
         raise Fault(f"argument --{flag}: {error}") from None
     for i, prompt in enumerate(read, 1):
-        if any(m.startswith("geneval") for m in args.metrics) and "include" not in prompt:
+        asked = [args.reward or "", *args.metrics]
+        if any(m.startswith("geneval") for m in asked) and "include" not in prompt:
             raise Fault(f"argument --prompts: prompt {i} has no GenEval metadata, as geneval needs")
     args.output_dir = args.output_dir or str(Path(args.lora) / "evaluation")
     out = Path(args.output_dir)
@@ -136,7 +148,7 @@ def metrics_at_hand(args: Arguments, prompts: list[dict], say: bool) -> list[str
             if say:
                 tqdm.write(f"without {metric}: {fault}")
     huggingface_hub.constants.HF_HUB_OFFLINE = fetching
-    if not found:
+    if not found and not args.reward:
         raise Fault(f"argument --metrics: none is at hand; name one to fetch: {', '.join(wanted)}")
     return found
 
@@ -150,7 +162,7 @@ def write(path: Path, text: str) -> None:
 def claim_folder(args: Arguments, prompts: list[dict]) -> None:
     """Raises Fault if the folder holds pictures of other settings. Metrics may be added later."""
     drawn = {**dataclasses.asdict(args), "texts": [prompt["prompt"] for prompt in prompts]}
-    for name in ("metrics", "reward_model", "batch_size", "output_dir", "prompts"):
+    for name in ("reward", "metrics", "reward_model", "batch_size", "output_dir", "prompts"):
         drawn.pop(name)
     kept = Path(args.output_dir) / "settings.json"
     if kept.exists() and (before := json.loads(kept.read_text())) != drawn:
@@ -342,6 +354,8 @@ def evaluate(args: Arguments) -> None:
     keys = [f"{i:05d}_{seed}" for i in range(len(prompts)) for seed in range(args.seeds)]
     state = PartialState(cpu=not torch.cuda.is_available())
     args.metrics = args.metrics or metrics_at_hand(args, prompts, say=state.is_main_process)
+    if args.reward:
+        args.metrics = [args.reward, *(m for m in args.metrics if m != args.reward)]
     if state.is_main_process:
         claim_folder(args, prompts)
     state.wait_for_everyone()

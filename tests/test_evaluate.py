@@ -147,6 +147,23 @@ def test_the_default_metrics_are_those_at_hand(tiny, loras, prompts, tmp_path, t
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
+def test_the_tasks_reward_comes_first_and_brings_its_prompts(
+    tiny, loras, prompts, tmp_path, monkeypatch
+):
+    def urlopen(url, timeout):
+        raise OSError("no route")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluate.prompt_sets.urllib.request, "urlopen", urlopen)
+    out = tmp_path / "out"
+    found = run(tiny, loras["much"], prompts, out, reward=STRICT, metrics=[BRIGHTNESS, STRICT])
+    assert list(found["all"]["base"]) == [STRICT, BRIGHTNESS]
+    found = run(tiny, loras["much"], prompts, out, reward=STRICT, metrics=None)
+    assert list(found["all"]["base"]) == [STRICT]  # nothing else is at hand
+    with pytest.raises(evaluate.Fault, match="argument --prompts: cannot fetch .*/ocr/test.txt"):
+        run(tiny, loras["much"], None, out, reward="ocr", metrics=None)
+
+
 def test_no_metric_at_hand_is_an_error(tiny, loras, prompts, tmp_path):
     with pytest.raises(evaluate.Fault, match="none is at hand; name one to fetch: aesthetic, "):
         run(tiny, loras["much"], prompts, tmp_path / "out", metrics=None)
