@@ -35,12 +35,15 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_every_flag_in_the_readme_exists():
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README)) - {"--help"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README)) - {
+        "--help",
+        "--nproc_per_node",
+    }  # torchrun's
     assert {"--offline", "--only", "--reward"} <= flags
-    commands = ("toy/run_2d.py", "toy/compare.py", "prompts.py")
+    commands = ("toy/run_2d.py", "toy/compare.py", "toy/shapes.py", "prompts.py")
     source = "".join((ROOT / name).read_text() for name in commands)
     fields = dataclasses.fields(train_sd35.Arguments) + dataclasses.fields(evaluate.Arguments)
-    others = {f"--{field.name}" for field in fields} | {"--model"}
+    others = {f"--{no}{field.name}" for field in fields for no in ("", "no_")} | {"--model"}
     assert [flag for flag in flags if f'"{flag}"' not in source and flag not in others] == []
 
 
