@@ -6,6 +6,8 @@ import pytest
 import shapes
 import torch
 
+import prompts as prompt_sets
+
 PROMPTS = shapes.prompt_list()
 
 
@@ -94,3 +96,31 @@ def test_all_prompts_are_told_apart(pipe):
 def test_pretraining_learns(pipe):
     losses = list(shapes.pretrain(pipe, 150, batch=16))
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def run_main(monkeypatch, capsys, *argv):
+    monkeypatch.setattr("sys.argv", ["shapes.py", *map(str, argv)])
+    shapes.main()
+    return capsys.readouterr().out
+
+
+def test_the_command_leaves_a_pipeline_prompts_and_pictures(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "shapes"
+    short = ("--out", out, "--pretraining", 2, "--samples", 2)
+    table = run_main(monkeypatch, capsys, *short).splitlines()
+    assert [line.split("|")[1].strip() for line in table[-3:]] == [
+        "base",
+        "base, guidance 2",
+        "base, 28 steps",
+    ]
+    assert prompt_sets.read(out / "prompts.jsonl") == PROMPTS
+    assert {p["task"] for p in prompt_sets.read(out / "held_out.jsonl")} == set(shapes.TASKS)
+    assert (out / "base.png").stat().st_size > 10_000
+
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, capsys, *short, "--lora", tmp_path)
+    assert "argument --lora: there is no" in capsys.readouterr().err
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, capsys, "--out", tmp_path / "none", "--lora", tmp_path)
+    assert "holds no pipeline; run toy/shapes.py first" in capsys.readouterr().err

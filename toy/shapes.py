@@ -415,12 +415,20 @@ CONDITIONS = {"": (1.0, 10), ", guidance 2": (2.0, 10), ", 28 steps": (1.0, 28)}
 
 
 def contact_sheet(images: Tensor, prompts: list[dict], columns: int = 12) -> Tensor:
-    """The first `columns` pictures of each task in a row of their own, (H, W, 3) in [0, 1]."""
+    """Pictures (H, W, 3) in [0, 1], a task a row, framed in black where all is as asked."""
+    frames = 0.8 * (1 - torch.tensor(strict(images, prompts)))
     rows = []
     for task in TASKS:
-        own = images[[prompt["task"] == task for prompt in prompts]][:columns]
-        framed = nn.functional.pad(own, (1, 1, 1, 1), value=0.5)
-        rows.append(torch.cat(list(framed), 2))
+        chosen = [i for i, prompt in enumerate(prompts) if prompt["task"] == task][:columns]
+        pictures = [
+            nn.functional.pad(
+                nn.functional.pad(images[i], (2, 2, 2, 2), value=frames[i].item()),
+                (1, 1, 1, 1),
+                value=1.0,
+            )
+            for i in chosen
+        ]
+        rows.append(torch.cat(pictures, 2))
     return torch.cat(rows, 1).permute(1, 2, 0)
 
 
@@ -433,8 +441,9 @@ def plot(path: Path, sheets: dict[str, Tensor], rewards: dict[str, list[float]])
     figure, axes = plt.subplots(rows, figsize=(8, 2.9 * rows), squeeze=False, layout="constrained")
     for panel, (title, sheet) in zip(axes[:, 0], sheets.items(), strict=False):
         panel.imshow(sheet.numpy(), interpolation="nearest")
-        panel.set_title(title, fontsize=14)
-        middles = (torch.arange(len(TASKS)) + 0.5) * (SIDE + 2)
+        panel.set_title(f"{title} (black frame: as asked)", fontsize=14)
+        panel.spines[:].set_visible(False)
+        middles = (torch.arange(len(TASKS)) + 0.5) * len(sheet) / len(TASKS)
         panel.set_xticks([])
         panel.set_yticks(middles.tolist(), TASKS, fontsize=12)
     for (name, values), style in zip(rewards.items(), itertools.cycle(("-", "--", "-.", ":"))):
