@@ -1,10 +1,11 @@
 """A world of drawn shapes with an exact checker, and a tiny pipeline of SD3.5's classes to train.
 
-    python toy/shapes.py                       builds and pretrains it: toy/out/shapes
-    python train_sd35.py --model toy/out/shapes --reward toy/shapes.py:graded ...    (see README)
+    python toy/shapes.py                          builds and pretrains it: toy/out/shapes
+    python train_sd35.py --config toy/shapes.yaml --output_dir runs/shapes-0
+    python toy/shapes.py --lora runs/shapes-0     what it has learnt
 
-The pretraining captions are noisy, as the web's are: six in ten are those of another picture. So
-the model can draw what is asked for and often does not, and that is what reinforcement is for.
+The pretraining captions are noisy, as the web's are: a third are those of another picture. So the
+model can draw what is asked for and often does not, and that is what reinforcement is for.
 """
 
 from __future__ import annotations
