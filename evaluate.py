@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import prompts as prompt_sets
 import rewards
 from rewards.ocr import QUOTED
-from train_sd35 import Fault, decode, load_pipeline, option, parse
+from train_sd35 import Fault, decode, load_pipeline, make_folder, option, other_weights, parse
 
 VARIANTS = ("base", "lora")
 RESAMPLES = 10_000  # of the bootstrap
@@ -109,12 +108,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
         if any(m.startswith("geneval") for m in asked) and "include" not in prompt:
             raise Fault(f"argument --prompts: prompt {i} has no GenEval metadata, as geneval needs")
     args.output_dir = args.output_dir or str(Path(args.lora) / "evaluation")
-    out = Path(args.output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise Fault(f"argument --output_dir: cannot write to {out} ({error.strerror})") from None
+    other_weights(args.reward_model)
+    make_folder(args.output_dir)
     return args
 
 
@@ -132,7 +127,7 @@ def metrics_at_hand(args: Arguments, prompts: list[dict], say: bool) -> list[str
 
     Raises Fault if none does.
     """
-    models = dict(spec.split("=", 1) for spec in args.reward_model)
+    models = other_weights(args.reward_model)
     wanted = ["aesthetic", "deqa", "imagereward", "pickscore", "unifiedreward"]
     if all("include" in prompt for prompt in prompts):
         wanted.insert(0, "geneval_official")
@@ -242,7 +237,7 @@ def score(
     args: Arguments, device: torch.device, prompts: list[dict], keys: list[str], known: Scores
 ) -> Scores:
     """Scores of the pictures of `keys` by each metric that has them not yet."""
-    models = dict(spec.split("=", 1) for spec in args.reward_model)
+    models = other_weights(args.reward_model)
     found: Scores = {variant: {} for variant in VARIANTS}
     for metric in args.metrics:
         missing = [

@@ -278,6 +278,25 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     return args
 
 
+def make_folder(name: str) -> Path:
+    """--output_dir. Raises Fault if nothing can be written to it."""
+    out = Path(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise Fault(f"argument --output_dir: cannot write to {out} ({error.strerror})") from None
+    return out
+
+
+def other_weights(specs: list[str]) -> dict[str, str]:
+    """--reward_model, by the reward's name. Raises Fault if one has no "="."""
+    for spec in specs:
+        if "=" not in spec:
+            raise Fault(f"argument --reward_model: must be name=path, got {spec}")
+    return dict(spec.split("=", 1) for spec in specs)
+
+
 def check(args: Arguments) -> None:
     """Raises Fault at the first argument that cannot be."""
     bounds = {
@@ -331,15 +350,8 @@ def check(args: Arguments) -> None:
         raise Fault(f"argument --{flag}: {error}") from None
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
         raise Fault(f"argument --report_to: needs `pip install {args.report_to}`")
-    for spec in args.reward_model:
-        if "=" not in spec:
-            raise Fault(f"argument --reward_model: must be name=path, got {spec}")
-    out = Path(args.output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise Fault(f"argument --output_dir: cannot write to {out} ({error.strerror})") from None
+    other_weights(args.reward_model)
+    out = make_folder(args.output_dir)
     kept = out / "arguments.json"
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes there
     if args.benchmark or args.memory_plan or not first or not kept.exists():
@@ -971,7 +983,7 @@ def render(trainer: Trainer, prompts: list[dict]) -> Tensor:
 
 
 def load_scorers(args: Arguments, device: torch.device, specs: list[str]) -> dict[str, Any]:
-    models = dict(spec.split("=", 1) for spec in args.reward_model)
+    models = other_weights(args.reward_model)
     scorers = {}
     for spec in specs:
         name, weight = rewards.parse(spec)

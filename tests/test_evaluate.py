@@ -184,6 +184,7 @@ BAD = {
     "--metrics geneval": "argument --prompts: prompt 1 has no GenEval metadata",
     "--seeds 0": "argument --seeds: must be at least 1, got 0",
     "--resolution 100": "argument --resolution: must be a multiple of 16, got 100",
+    "--reward_model clip": "argument --reward_model: must be name=path, got clip",
     "--nonsense 3": "there is no argument --nonsense",
     "--model {}/none": "cannot load",
 }
