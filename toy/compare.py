@@ -808,7 +808,7 @@ class Comparison:
         if (world, method) not in self.tunings:
             settings, seeds = METHODS[method](world), TUNING_SEEDS
             if not self.args.full:
-                settings, seeds = settings[2::4], seeds[:1]
+                settings, seeds = settings[2::6], seeds[:1]
             self.tunings[world, method] = tune(self.results, method, settings, seeds)
         return self.tunings[world, method]
 
