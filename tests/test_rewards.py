@@ -130,7 +130,8 @@ def published_imagereward(width=128, hidden=64, patch=8, side=24):
         put(f"{name}.bias", n_out)
 
     def norm(name, n):
-        state[f"{name}.weight"], state[f"{name}.bias"] = torch.rand(n) + 0.5, torch.rand(n)
+        scale, shift = torch.rand(2, n, generator=generator)
+        state[f"{name}.weight"], state[f"{name}.bias"] = scale + 0.5, shift
 
     eye, reader = "blip.visual_encoder.", "blip.text_encoder."
     put(f"{eye}cls_token", 1, 1, width)
@@ -234,8 +235,8 @@ def test_imagereward_is_the_published_forward_pass(imagereward_files):
         ids, mask = torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"])
         pixels = ((image * 255).round() / 255 - mean) / std
         by_hand.append(imagereward_by_hand(state, pixels, ids, mask.bool()))
-    assert reward(images, PROMPTS).tolist() == pytest.approx(by_hand, rel=1e-4)
-    assert len({round(score, 4) for score in by_hand}) == 3
+    assert reward(images, PROMPTS).tolist() == pytest.approx(by_hand, abs=1e-4)
+    assert len({round(score, 3) for score in by_hand}) == 3
 
 
 def test_imagereward_of_another_file_is_refused(imagereward_files, tmp_path):
