@@ -136,7 +136,10 @@ def test_the_cost_ratio_is_paired_and_geometric():
         "other": [cell(start, (10, cost, -0.1, 0.9, 1, 1)) for cost in (200, 800)] + [cell(start)],
     }
     tunings = {name: compare.Tuning(setting("DGPO"), [], []) for name in runs}
-    assert compare.cost_ratio(tunings, runs, "other") == "2.00 [2.00, 2.00] (2 of 3 seeds)"
+    numbers, shown = compare.cost_ratio(tunings, runs, "other")
+    assert numbers == pytest.approx((2, 2, 2)) and shown == "2.00 [2.00, 2.00] (2 of 3 seeds)"
+    runs["other"] = [cell(start)] * 3
+    assert compare.cost_ratio(tunings, runs, "other") == (None, "- (0 of 3 seeds)")
 
 
 def test_interval_is_students():
