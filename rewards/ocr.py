@@ -43,7 +43,8 @@ def load(device: torch.device | str, model: str | None = None):
     """The paper's OCR reward, 0 to 1, by RapidOCR on the CPU.
 
     4.8 images of 512 px a second on two cores. It uses all cores by itself: two processes made 4.0,
-    and 4.6 with a core each. Its PP-OCR models (Apache-2.0) come with the package. `device` and `model` play no part.
+    and 4.6 with a core each. Its PP-OCR models (Apache-2.0) come with the package. `device` and
+    `model` play no part.
     """
     try:
         import rapidfuzz  # noqa: F401
