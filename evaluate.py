@@ -122,10 +122,12 @@ def load_metric(name: str, device: torch.device | str, model: str | None) -> rew
         raise Fault(f"argument --metrics: cannot load {name} ({line})") from None
 
 
-def metrics_at_hand(args: Arguments, prompts: list[dict], say: bool) -> list[str]:
+def metrics_at_hand(
+    args: Arguments, prompts: list[dict], device: torch.device, say: bool
+) -> list[str]:
     """Of Table 2's metrics that fit the prompts, those that load with what is on this machine.
 
-    Raises Fault if none does.
+    Tried one by one, before the pipeline takes its place on the device. Raises Fault if none does.
     """
     models = other_weights(args.reward_model)
     wanted = ["aesthetic", "deqa", "imagereward", "pickscore", "unifiedreward"]
@@ -135,14 +137,16 @@ def metrics_at_hand(args: Arguments, prompts: list[dict], say: bool) -> list[str
         wanted.insert(0, "ocr")
     found, fetching = [], huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # weights that are not here stay where they are
-    for metric in wanted:
-        try:
-            load_metric(metric, "cpu", models.get(metric))
-            found.append(metric)
-        except Fault as fault:
-            if say:
-                tqdm.write(f"without {metric}: {fault}")
-    huggingface_hub.constants.HF_HUB_OFFLINE = fetching
+    try:
+        for metric in wanted:
+            try:
+                load_metric(metric, device, models.get(metric))
+                found.append(metric)
+            except Fault as fault:
+                if say:
+                    tqdm.write(f"without {metric}: {fault}")
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = fetching
     if not found and not args.reward:
         raise Fault(f"argument --metrics: none is at hand; name one to fetch: {', '.join(wanted)}")
     return found
@@ -348,7 +352,9 @@ def evaluate(args: Arguments) -> None:
     prompts = prompt_sets.load(args.prompts)
     keys = [f"{i:05d}_{seed}" for i in range(len(prompts)) for seed in range(args.seeds)]
     state = PartialState(cpu=not torch.cuda.is_available())
-    args.metrics = args.metrics or metrics_at_hand(args, prompts, say=state.is_main_process)
+    if not args.metrics:
+        say = state.is_main_process
+        args.metrics = metrics_at_hand(args, prompts, state.device, say)
     if args.reward:
         args.metrics = [args.reward, *(m for m in args.metrics if m != args.reward)]
     if state.is_main_process:

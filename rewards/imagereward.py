@@ -85,7 +85,8 @@ def load(device: torch.device | str, model: str | None = None):
     """ImageReward, standardised over people's pictures: about -2 to 2.
 
     BLIP with a ViT-L/16 at 224 px and a head of linear layers, 1.8 GB (Apache-2.0). model: the
-    published file, by path, or "tokenizer,file".
+    published file, by path, or "tokenizer,file". Written from the published architecture; the
+    published weights themselves have not been run through it.
     """
     from huggingface_hub import hf_hub_download
     from transformers import AutoTokenizer, CLIPImageProcessor
