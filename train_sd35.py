@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
 
@@ -51,7 +52,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, HfArgumentParser, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
@@ -212,7 +213,7 @@ class Arguments:
         None, "a tracker, besides metrics.jsonl", choices=["tensorboard", "wandb"]
     )
     config: str | None = option(None, "YAML or JSON file of these arguments; flags win")
-    memory_plan: bool = option(False, "print what SD3.5 Medium takes at these settings, and end")
+    plan: bool = option(False, "print the memory and FLOPs SD3.5 Medium takes, and end")
     benchmark: int = option(
         0, "time so many steps and end; without --model, of random weights and no downloads"
     )
@@ -326,8 +327,6 @@ def check(args: Arguments) -> None:
     if args.mixed_precision == "bf16" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported():
             raise Fault("argument --mixed_precision: this GPU has no bf16; give no")
-    if args.memory_plan and not args.micro_batch_size:
-        raise Fault("argument --micro_batch_size: --memory_plan needs a number, got auto")
     above = trained_times(args)
     if len(above) < args.train_timesteps:
         raise Fault(
@@ -354,7 +353,7 @@ def check(args: Arguments) -> None:
     out = make_folder(args.output_dir)
     kept = out / "arguments.json"
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes there
-    if args.benchmark or args.memory_plan or not first or not kept.exists():
+    if args.benchmark or args.plan or not first or not kept.exists():
         return
     if not args.resume_from_checkpoint:
         raise Fault(
@@ -1250,68 +1249,117 @@ def random_pipeline(args: Arguments) -> StableDiffusion3Pipeline:
     return pipe
 
 
-def memory_plan(args: Arguments) -> None:
-    """Prints what SD3.5 Medium takes in bf16 at these settings, in GB: counted, not measured.
+def plan(args: Arguments) -> None:
+    """Prints what SD3.5 Medium takes in bf16 at these settings: counted, not measured.
 
-    Nothing is allocated: shapes alone run through the transformer, and autograd tells what it keeps
-    for the backward.
+    Nothing is allocated: shapes alone run through the networks, autograd tells what it keeps for
+    the backward, and torch counts the FLOPs of matrix products, attention and convolutions.
     """
 
     def count(model: nn.Module) -> float:
         return sum(parameter.numel() for parameter in model.parameters()) / 1e9
 
+    def forward(images: int) -> Tensor:
+        latents = torch.empty(images, 16, args.resolution // 8, args.resolution // 8, dtype=dtype)
+        tokens = torch.empty(images, 77 + args.max_sequence_length, 4096, dtype=dtype)
+        pooled = torch.empty(images, 2048, dtype=dtype)
+        return transformer(latents, tokens, pooled, torch.empty(images)).sample
+
     def kept(images: int) -> float:
-        """By autograd, without the parameters."""
+        """Gigabytes of activations, by autograd."""
         storages: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
             return x
 
-        latents = torch.empty(images, 16, args.resolution // 8, args.resolution // 8, dtype=dtype)
-        tokens = torch.empty(images, 77 + args.max_sequence_length, 4096, dtype=dtype)
-        pooled = torch.empty(images, 2048, dtype=dtype)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            output = transformer(latents, tokens, pooled, torch.empty(images))  # keeps the graph
+            output = forward(images)  # keeps the graph
         for parameter in transformer.parameters():
             storages.pop(parameter.untyped_storage()._cdata, None)
         del output
         return sum(storages.values()) / 1e9
 
-    dtype, m = torch.bfloat16, args.micro_batch_size
-    with torch.device("meta"):
+    def attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        # As on a GPU. Without a device, torch would choose the one that keeps all scores.
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    def tflop(work: Callable[[], Any]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops() / 1e12
+
+    dtype, functional = torch.bfloat16, torch.nn.functional
+    with torch.device("meta"), patch.object(functional, "scaled_dot_product_attention", attention):
         transformer = random_transformer().to(dtype).requires_grad_(False)
         weights = count(transformer)
         lora = sum(p.numel() for p in add_lora(transformer, args)) / 1e9
         transformer.to(dtype)  # as autocast has it
         transformer.disable_gradient_checkpointing()
-        whole = kept(m)
+        whole = kept(1)
         transformer.enable_gradient_checkpointing()
-        checkpointed = kept(m)
+        checkpointed = kept(1) + (whole - kept(1)) / 24  # and a block that is computed again
+        if not args.gradient_checkpointing:
+            transformer.disable_gradient_checkpointing()
+        with torch.no_grad():
+            theta = tflop(lambda: forward(1))
+            with without_lora(transformer):
+                reference = tflop(lambda: forward(1))
+            vae = random_vae()
+            side = args.resolution // 8
+            decoding = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
+        backward = tflop(lambda: forward(1).sum().backward())
         encoders = count(T5EncoderModel(T5Config(**T5_XXL)))
         encoders += count(CLIPTextModel(CLIPTextConfig(**CLIP_L)))
         encoders += count(CLIPTextModel(CLIPTextConfig(**CLIP_G)))
-        vae = count(random_vae())
-    block = (whole - checkpointed) / 24
-    activations = checkpointed + block if args.gradient_checkpointing else whole
     # The decoder's widest map has 256 channels at full size; a few of them live at once.
-    decode = 4 * (m * 256 * args.resolution**2 * 4) / 1e9
-    always = 2 * weights + 24 * lora + 4 * vae
+    decode = 4 * (256 * args.resolution**2 * 4) / 1e9
+    always = 2 * weights + 24 * lora + 4 * count(vae)
+
+    print(f"SD3.5 Medium in bf16 at {args.resolution} px, LoRA of rank {args.rank}, in GB")
     for name, size in {
         f"transformer, {weights:.2f} G parameters in bf16": 2 * weights,
         f"LoRA, {1000 * lora:.1f} M in float32, its gradient, Adam, theta^- and EMA": 24 * lora,
-        "VAE in float32": 4 * vae,
-        f"activations of a training pass of {m} images, at most": activations,
-        f"decoding {m} images, about": decode,
+        "VAE in float32": 4 * count(vae),
         "text encoders in bf16, at times and without activations": 2 * encoders,
-        "together, training": always + activations,
-        "together, decoding": always + decode,
-        "together, encoding prompts": always + 2 * encoders,
+        "together, while prompts are encoded": always + 2 * encoders,
     }.items():
-        print(f"{size:8.2f} GB  {name}")
-    print("and the reward model's (PickScore: 3.9 GB)")
+        print(f"{size:8.2f}  {name}")
+    sizes = sorted({1, 2, 4, 8, 12, 24, 48, args.micro_batch_size} - {0})
+    print(f"together, by images a pass {''.join(f'{m:8d}' for m in sizes)}")
+    for name, each in {
+        "training": checkpointed,
+        "  without checkpointing": whole,
+        "decoding, about": decode,
+    }.items():
+        print(f"{name:27}{''.join(f'{always + m * each:8.2f}' for m in sizes)}")
+    print(f"Most images a pass, if a tenth and {REWARD_GB} GB stay free, which PickScore takes:")
+    for card in (16, 24, 40, 80):
+        room = 0.9 * card - REWARD_GB - always
+        most = [int(room / max(decode, each)) for each in (checkpointed, whole)]
+        fits = f"{most[0]}, and {most[1]} without gradient checkpointing"
+        print(f"{card:8} GB  {fits if room > 2 * encoders else 'no room for the text encoders'}")
+
+    images, K = args.prompts_per_step * args.group_size, args.train_timesteps
+    guided, guided_reference = (
+        1 if scale == 1 else 2 for scale in (args.guidance_scale, args.reference_guidance_scale)
+    )
+    again = args.micro_batch_size < args.group_size  # theta once more, for S
+    work = {
+        "rollout": args.num_inference_steps * guided * theta,
+        "decode": decoding,
+        "train": K * (guided_reference * reference + (bool(args.clip) + again) * theta + backward),
+    }
+    print(f"TFLOP of a step of {args.prompts_per_step} groups of {args.group_size}:")
+    for name, each in {**work, "together": sum(work.values())}.items():
+        print(f"{images * each:8.0f}  {name}")
+    hours = images * sum(work.values()) * args.max_train_steps / 3600
+    print(
+        f"{hours / 400:8.1f}  hours for {args.max_train_steps} steps, at 400 TFLOP/s all the time"
+    )
 
 
+REWARD_GB = 3.9  # PickScore's weights in float32
 T5_XXL = {
     "vocab_size": 32128,
     "d_model": 4096,
@@ -1493,7 +1541,7 @@ def benchmark(args: Arguments) -> None:
 def main() -> None:
     try:
         args = parse_args()
-        run = memory_plan if args.memory_plan else benchmark if args.benchmark else train
+        run = plan if args.plan else benchmark if args.benchmark else train
         run(args)
     except Fault as fault:
         print(f"train_sd35.py: {fault}", file=sys.stderr)

@@ -56,9 +56,9 @@ def test_the_recipes_are_the_trainers():
         assert f"| {recipe['std']} |" in row
 
 
-def test_the_memory_plan_is_what_the_trainer_prints(tmp_path, capsys):
-    line = ["--memory_plan", "--output_dir", str(tmp_path)]
-    train_sd35.memory_plan(train_sd35.parse_args(line))
+def test_the_plan_is_what_the_trainer_prints(tmp_path, capsys):
+    line = ["--plan", "--output_dir", str(tmp_path)]
+    train_sd35.plan(train_sd35.parse_args(line))
     assert capsys.readouterr().out in README
 
 
