@@ -212,10 +212,9 @@ def dgpo_loss(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Re
     return -F.logsigmoid(-_beta_tensor(beta, gap) * gap).mean()
 
 
-def group_gate(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Real) -> Tensor:
-    """sigmoid(beta S), (P,), detached: the gate in Eq. 17's gradient. Raises as `dgpo_loss`."""
-    gap = preference_gap(loss_theta, loss_ref, advantages).detach()
-    return torch.sigmoid(_beta_tensor(beta, gap) * gap)
+def group_gate(gap: Tensor, beta: Real) -> Tensor:
+    """sigmoid(beta S), detached: the gate in Eq. 17's gradient. gap: S (P,). beta: float or (P,)."""
+    return torch.sigmoid(beta * gap.detach())
 
 
 # What the released trainer (github.com/Luo-Yihong/DGPO) adds to the paper. All of it is optional.
@@ -351,7 +350,8 @@ def backward_group_loss(
             old = [evaluate(velocity_old, rows) for rows in batches] if velocity_old else None
         with torch.set_grad_enabled(whole):  # a block that fits keeps its graph for the backward
             new = [evaluate(velocity, rows) for rows in batches]
-        gate = group_gate(by_group(new), by_group(ref), A, b)
+        gap = preference_gap(by_group(new), by_group(ref), A)
+        gate = group_gate(gap, b)
         drop = clip_mask(by_group(new), by_group(old), A, clip) if old else torch.zeros_like(A) > 0
         k = (scale / P * (b * gate)[:, None] * A).masked_fill(drop, 0)
         for rows, k_rows, (v, loss), (v_ref, _) in zip(
@@ -362,7 +362,7 @@ def backward_group_loss(
             penalty = kl_penalty(v[None], v_ref[None])[0]
             ((k_rows * loss).sum() + kl * penalty.sum() / (P * G)).backward()
             metrics["kl"].append(penalty.detach())
-        metrics["gap"].append(preference_gap(by_group(new), by_group(ref), A))
+        metrics["gap"].append(gap)
         metrics["gate"].append(gate)
         metrics["clipped"].append(drop.float())
 

@@ -176,7 +176,7 @@ def test_eq17_by_hand():
     assert dgpo.preference_gap(loss_theta, loss_ref, A).item() == pytest.approx(0.35)
     loss = dgpo.dgpo_loss(loss_theta, loss_ref, A, beta=2.0)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(0.7)))
-    gate = dgpo.group_gate(loss_theta, loss_ref, A, beta=2.0)
+    gate = dgpo.group_gate(dgpo.preference_gap(loss_theta, loss_ref, A), beta=2.0)
     assert gate.tolist() == [pytest.approx(1 / (1 + math.exp(-0.7)))]
 
 
@@ -237,7 +237,7 @@ def test_gradient_is_gate_times_advantage_weighted_denoising():
     loss_theta = normal(P, G).abs().requires_grad_()
     loss_ref, A = normal(P, G, seed=1).abs(), dgpo.group_advantages(normal(P, G, seed=2))
     (gradient,) = torch.autograd.grad(dgpo.dgpo_loss(loss_theta, loss_ref, A, beta), loss_theta)
-    gate = dgpo.group_gate(loss_theta, loss_ref, A, beta)
+    gate = dgpo.group_gate(dgpo.preference_gap(loss_theta, loss_ref, A), beta)
     assert not gate.requires_grad
     torch.testing.assert_close(gradient, beta * gate[:, None] * A / P)
     assert torch.autograd.gradcheck(lambda x: dgpo.dgpo_loss(x, loss_ref, A, beta), loss_theta)
@@ -314,8 +314,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(kl, clip):
         torch.testing.assert_close(
             metrics["loss"], dgpo.dgpo_loss(loss, loss_ref, A, beta).detach()
         )
-        torch.testing.assert_close(metrics["gap"], dgpo.preference_gap(loss, loss_ref, A).detach())
-        torch.testing.assert_close(metrics["gate"], dgpo.group_gate(loss, loss_ref, A, beta))
+        gap = dgpo.preference_gap(loss, loss_ref, A).detach()
+        torch.testing.assert_close(metrics["gap"], gap)
+        torch.testing.assert_close(metrics["gate"], dgpo.group_gate(gap, beta))
         torch.testing.assert_close(metrics["kl"], dgpo.kl_penalty(v, v_ref).mean().detach())
         assert metrics["clipped"].item() == pytest.approx(dropped.double().mean().item())
 
@@ -629,7 +630,7 @@ BAD_INPUT = {
     "loss_old": (lambda: dgpo.clip_mask(L, L[:, :2], L, 0.1), r"loss_old \(2, 2\)"),
     "weights": (lambda: dgpo.group_gap(L, L[0], L > 0), r"w \(3,\)"),
     "beta = 0": (lambda: dgpo.dgpo_loss(L, L, L, 0.0), "beta must be positive, got 0.0"),
-    "beta < 0": (lambda: dgpo.group_gate(L, L, L, -2.0), "beta must be positive, got -2.0"),
+    "beta < 0": (lambda: dgpo.dgpo_loss(L, L, L, -2.0), "beta must be positive, got -2.0"),
     "beta nan": (lambda: dgpo.dgpo_loss(L, L, L, math.nan), "beta must be positive, got nan"),
     "beta of one group": (
         lambda: dgpo.dgpo_loss(L, L, L, torch.tensor([1.0, 0.0])),

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark_changes
 import benchmark_step
 import numpy as np
 import pytest
@@ -541,6 +542,40 @@ def test_a_groups_gradient_is_that_of_the_formulas_and_autograd(tiny, tmp_path, 
     assert benchmark_step.distance(ours, plain) < 1e-5
 
 
+def test_a_compiled_transformer_gives_the_same_gradient_and_is_compiled_once(tiny, tmp_path):
+    """The LoRA goes off and on, gradients too, and batches have two sizes: all in one step."""
+    args = train_sd35.parse_args(
+        flags(tiny, tmp_path / "run", recipe="ocr", group_size=5, micro_batch_size=2)
+    )
+    trainer, x0, advantages = benchmark_step.prepare(args)
+
+    def work():
+        trainer.sample(benchmark_step.TEXT, x0.cpu(), 2, 4.5)
+        return benchmark_step.gradients(
+            trainer, lambda: trainer.backward_group(0, 0, benchmark_step.TEXT, x0, advantages)
+        )
+
+    plain, made = work(), []
+    with benchmark_changes.compiled(trainer, backend="eager"):
+        for _ in range(3):
+            before = benchmark_changes.graphs()
+            found = work()
+            made.append(benchmark_changes.graphs() - before)
+    assert 8 < made[0] < 64 and made[1:] == [0, 0]
+    assert benchmark_step.distance(found, plain) < 1e-6
+
+
+def test_the_host_waits_only_to_check_a_groups_input(tiny, tmp_path):
+    """Not at each micro-batch or timestep: a GPU would stand still every time."""
+    args = train_sd35.parse_args(flags(tiny, tmp_path / "run", recipe="ocr", train_timesteps=1))
+    trainer, x0, advantages = benchmark_step.prepare(args)
+    found = set()
+    for args.micro_batch_size, args.train_timesteps in ((1, 1), (4, 1), (4, 3)):
+        work = (0, 0, benchmark_step.TEXT, x0, advantages)
+        found.add(benchmark_changes.waits(lambda: trainer.backward_group(*work)))  # noqa: B023
+    assert len(found) == 1 and max(found) <= 5
+
+
 def test_the_benchmark_prints_the_overhead(tiny, tmp_path, capsys):
     train_sd35.benchmark(train_sd35.parse_args(flags(tiny, tmp_path / "run", benchmark=1)))
     printed = capsys.readouterr().out.splitlines()
@@ -561,7 +596,12 @@ def test_the_account_counts_flops_and_bytes():
     forward, backward = account.phases["forward"], account.phases["backward"]
     assert forward["flops"] == 2 * 10 * 30 * 20 and backward["flops"] == 2 * forward["flops"]
     assert forward["bytes"] == 4 * (10 * 30 + 30 * 20 + 10 * 20)
-    assert forward["seconds"] == pytest.approx(max(0.012, 0.0044))
+    assert forward["seconds"] == pytest.approx(max(0.012, 0.0044)) == forward["products"]
+    assert backward["others"] > 0
+    q, k = torch.randn(1, 2, 7, 16, requires_grad=True), torch.randn(1, 2, 5, 16)
+    with account("attention"):
+        torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    assert account.phases["attention"]["flops"] == 2 * (2 * 2 * 7 * 5 * 16)
 
 
 def test_the_plan_counts_the_real_geometry(tmp_path, capsys):
