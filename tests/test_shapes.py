@@ -33,7 +33,7 @@ def test_the_checker_stands_some_noise_and_the_cleanness_shows_it():
     assert max(shapes.cleanness(noisy, PROMPTS)) < -0.02
 
 
-RED_CIRCLE, BLUE_SQUARE = ("red", "circle"), ("blue", "square")
+RED_DIAMOND, BLUE_SQUARE = ("red", "diamond"), ("blue", "square")
 
 
 def scene(**cells):
@@ -43,17 +43,17 @@ def scene(**cells):
 @pytest.mark.parametrize(
     ("text", "seen", "grades"),
     [
-        ("a red circle", scene(c2=RED_CIRCLE), [1, 1]),
-        ("a red circle", scene(), [0, 1]),
-        ("a red circle", scene(c2=BLUE_SQUARE), [0, 1 / 2]),
-        ("a red circle", scene(c2=RED_CIRCLE, c3=BLUE_SQUARE), [1, 1 / 2]),
-        ("a red circle", scene(c2=RED_CIRCLE, c3=RED_CIRCLE), [0, 1 / 2]),
-        ("a red circle on the left", scene(c2=RED_CIRCLE), [1, 1, 1]),
-        ("a red circle on the left", scene(c1=RED_CIRCLE), [1, 1, 0]),
-        ("a red circle on the left", scene(), [0, 1, 0]),
-        ("three red circles", scene(c0=RED_CIRCLE, c1=RED_CIRCLE), [2 / 3, 1]),
-        ("a red circle and a blue square", scene(c0=RED_CIRCLE), [1, 0, 1]),
-        ("a red circle and a blue square", scene(c0=RED_CIRCLE, c3=BLUE_SQUARE), [1, 1, 1]),
+        ("red diamond", scene(c2=RED_DIAMOND), [1, 1]),
+        ("red diamond", scene(), [0, 1]),
+        ("red diamond", scene(c2=BLUE_SQUARE), [0, 1 / 2]),
+        ("red diamond", scene(c2=RED_DIAMOND, c3=BLUE_SQUARE), [1, 1 / 2]),
+        ("red diamond", scene(c2=RED_DIAMOND, c3=RED_DIAMOND), [0, 1 / 2]),
+        ("red diamond on the left", scene(c2=RED_DIAMOND), [1, 1, 1]),
+        ("red diamond on the left", scene(c1=RED_DIAMOND), [1, 1, 0]),
+        ("red diamond on the left", scene(), [0, 1, 0]),
+        ("three red diamonds", scene(c0=RED_DIAMOND, c1=RED_DIAMOND), [2 / 3, 1]),
+        ("red diamond and blue square", scene(c0=RED_DIAMOND), [1, 0, 1]),
+        ("red diamond and blue square", scene(c0=RED_DIAMOND, c3=BLUE_SQUARE), [1, 1, 1]),
     ],
 )
 def test_the_grades_by_hand(text, seen, grades):
@@ -70,25 +70,27 @@ def pipe():
 
 
 @torch.no_grad()
-def test_the_vae_is_the_identity_at_8_bits(pipe):
-    images = torch.cat(
-        [drawn(PROMPTS[:20]), torch.randint(256, (4, 3, shapes.SIDE, shapes.SIDE)) / 255]
-    )
-    decoded = pipe.vae.decode(pipe.vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+def test_the_vae_halves_the_size_and_loses_nothing_at_8_bits(pipe):
+    coarse = torch.randint(256, (4, 3, shapes.SIDE // 2, shapes.SIDE // 2)) / 255
+    coarse = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    images = torch.cat([drawn(PROMPTS[:20]), coarse])
+    latents = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
+    assert latents.shape[1:] == (3, shapes.SIDE // 2, shapes.SIDE // 2)
+    decoded = pipe.vae.decode(latents).sample / 2 + 0.5
     assert torch.equal((decoded * 255).round(), (images * 255).round())
 
 
-def test_the_control_gives_a_group_its_grades_in_another_order():
+def test_the_control_gives_a_group_its_rewards_in_another_order():
     group = [PROMPTS[0]] * 60
     images = drawn(PROMPTS[:60])
-    grades, control = shapes.graded(images, group), shapes.shuffled(images, group)
-    assert sorted(grades) == sorted(control) and grades != control
+    rewards, control = shapes.strict(images, group), shapes.shuffled(images, group)
+    assert sorted(rewards) == sorted(control) and rewards != control
     assert control == shapes.shuffled(images, group)
 
 
 def test_all_prompts_are_told_apart(pipe):
     embeds, pooled = shapes.encode(pipe, [prompt["prompt"] for prompt in PROMPTS])
-    assert torch.pdist(pooled).min() > 0.05 and torch.pdist(embeds.flatten(1)).min() > 0.5
+    assert torch.pdist(pooled).min() > 0.1 and torch.pdist(embeds.flatten(1)).min() > 5
     longest = max(len(pipe.tokenizer(prompt["prompt"])["input_ids"]) for prompt in PROMPTS)
     assert longest <= shapes.TOKENS
 

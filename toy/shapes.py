@@ -27,12 +27,15 @@ import dgpo  # noqa: E402
 
 SIDE, CELL, GRID = 16, 8, 2  # a picture's and a cell's side in pixels, and how many cells that is
 COLORS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 220)}
-SHAPES = ("circle", "square")
+SHAPES = {  # the latents are half as large as the picture: a character is two by two pixels
+    "square": ("###.", "###.", "###.", "...."),
+    "diamond": (".#..", "###.", ".#..", "...."),
+}
 SIDES = {"left": (0,), "right": (1,)}  # the columns of cells
 COUNTS = {"two": 2, "three": 3}
 BACKGROUND = (245, 245, 245)
 WRONG = 0.35  # share of wrong captions in pretraining
-TOKENS = 9  # of a prompt, at most, for each tokenizer
+TOKENS = 7  # of a prompt, at most, for each tokenizer
 KINDS = list(itertools.product(COLORS, SHAPES))
 
 
@@ -46,15 +49,15 @@ def prompt_list() -> list[dict]:
     prompts = []
     for color, shape in KINDS:
         one = [[color, shape]]
-        prompts.append({"prompt": f"a {color} {shape}", "task": "single", "objects": one})
+        prompts.append({"prompt": f"{color} {shape}", "task": "single", "objects": one})
         for side in SIDES:
-            text = f"a {color} {shape} on the {side}"
+            text = f"{color} {shape} on the {side}"
             prompts.append({"prompt": text, "task": "position", "objects": one, "side": side})
         for word, n in COUNTS.items():
             text = f"{word} {color} {shape}s"
             prompts.append({"prompt": text, "task": "count", "objects": one * n})
     for (color, shape), (color_2, shape_2) in itertools.permutations(KINDS, 2):
-        text = f"a {color} {shape} and a {color_2} {shape_2}"
+        text = f"{color} {shape} and {color_2} {shape_2}"
         objects = [[color, shape], [color_2, shape_2]]
         prompts.append({"prompt": text, "task": "two", "objects": objects})
     return prompts
@@ -70,24 +73,15 @@ def draw_scene(prompt: dict, rng: random.Random) -> Scene:
     return scene
 
 
-def stencil(shape: str) -> Tensor:
-    """(CELL, CELL), 1 inside, with soft edges from four samples a pixel."""
-    axis = (torch.arange(4 * CELL) + 0.5) / (4 * CELL) * 2 - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    inside = {
-        "circle": x**2 + y**2 < 0.8**2,
-        "square": (x.abs() < 0.75) & (y.abs() < 0.75),
-    }[shape]
-    return inside.float().view(CELL, 4, CELL, 4).mean((1, 3))
-
-
 def templates() -> Tensor:
     """What a cell can hold, (1 + kinds, 3, CELL, CELL) in [0, 1]: first nothing, then KINDS."""
     background = torch.tensor(BACKGROUND)[:, None, None] / 255
     cells = [background.expand(3, CELL, CELL)]
     for color, shape in KINDS:
-        ink, mask = torch.tensor(COLORS[color])[:, None, None] / 255, stencil(shape)
-        cells.append(mask * ink + (1 - mask) * background)
+        ink = torch.tensor(COLORS[color])[:, None, None] / 255
+        inside = torch.tensor([[character == "#" for character in row] for row in SHAPES[shape]])
+        inside = inside.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        cells.append(torch.where(inside, ink, background))
     return torch.stack(cells)
 
 
@@ -143,22 +137,22 @@ def clauses(scene: Scene, prompt: dict) -> list[float]:
 
 
 def graded(images: Tensor, prompts: list[dict]) -> list[float]:
-    """A reward to train on: the mean over the clauses, 0 to 1."""
+    """The mean over the clauses, 0 to 1."""
     grades = [clauses(*pair) for pair in zip(read(images)[0], prompts, strict=True)]
     return [sum(grade) / len(grade) for grade in grades]
-
-
-def shuffled(images: Tensor, prompts: list[dict]) -> list[float]:
-    """The grades of a group, each given to another of its pictures: a control, to learn nothing."""
-    grades = graded(images, prompts)
-    random.Random(images.sum().item()).shuffle(grades)
-    return grades
 
 
 def strict(images: Tensor, prompts: list[dict]) -> list[float]:
     """1 if every clause holds, else 0."""
     grades = [clauses(*pair) for pair in zip(read(images)[0], prompts, strict=True)]
     return [float(min(grade) == 1) for grade in grades]
+
+
+def shuffled(images: Tensor, prompts: list[dict]) -> list[float]:
+    """The same, each given to another picture of its group: a control, to learn nothing from."""
+    rewards = strict(images, prompts)
+    random.Random(images.sum().item()).shuffle(rewards)
+    return rewards
 
 
 def cleanness(images: Tensor, prompts: list[dict]) -> list[float]:
@@ -202,8 +196,8 @@ def t5_tokenizer(texts: list[str]):
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
 
 
-def identity_vae():
-    """An AutoencoderKL whose latents are the picture itself, at 8 bits exactly: nothing to train.
+def exact_vae():
+    """An AutoencoderKL whose latents are the picture at half its size: nothing to train.
 
     Its last GroupNorm and SiLU are what stands in the way. Beside the signal s run -s and two
     constants +-C: their mean is 0, their std C/2 but for s^2/C^2, and so the norm only divides by
@@ -212,9 +206,9 @@ def identity_vae():
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"],
-        up_block_types=["UpDecoderBlock2D"],
-        block_out_channels=[8],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 8],
         layers_per_block=1,
         latent_channels=3,
         norm_num_groups=1,
@@ -231,6 +225,8 @@ def identity_vae():
             for name, parameter in half.named_parameters():
                 if "resnets" in name and "conv2" in name:
                     parameter.zero_()  # a residual block that adds nothing
+                elif "sampler" in name:
+                    parameter.zero_()
             for layer in (half.conv_in, half.conv_out):
                 layer.weight.zero_()
                 layer.bias.zero_()
@@ -243,10 +239,15 @@ def identity_vae():
             half.conv_norm_out.weight.fill_(constant / 2)
             half.conv_norm_out.bias.fill_(far)
         vae.encoder.conv_out.bias[3:] = -30  # the log-variance
+        smaller = vae.encoder.down_blocks[0].downsamplers[0].conv.weight
+        larger = vae.decoder.up_blocks[0].upsamplers[0].conv.weight
+        for i in range(8):
+            smaller[i, i, :2, :2] = 1 / 4  # the mean of two by two pixels
+            larger[i, i, 1, 1] = 1
     return vae
 
 
-def build(width: int = 256, layers: int = 2):
+def build(width: int = 128, layers: int = 2):
     """An untrained pipeline of SD3.5's classes, with three text encoders, VAE and all."""
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -273,16 +274,21 @@ def build(width: int = 256, layers: int = 2):
             pad_token_id=clip.pad_token_id,
         )
         encoders.append(CLIPTextModelWithProjection(config))
-        # At the default of 0.02, two prompts, or two places in one, are alike to a random encoder.
+        # At the usual scale, attention is uniform in a random encoder, places do not count, and the
+        # pooled embedding tells little more than how long the prompt is.
         for name, weight in encoders[-1].named_parameters():
             if "token_embedding" in name or "position_embedding" in name:
                 weight.data.normal_()
+            elif "q_proj.weight" in name or "k_proj.weight" in name:
+                weight.data *= 5
+            elif "v_proj.weight" in name or "out_proj.weight" in name:
+                weight.data *= 3
     t5_config = T5Config(
         vocab_size=len(t5), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
     )
     transformer = SD3Transformer2DModel(
-        sample_size=SIDE,
-        patch_size=CELL,  # a cell is a token
+        sample_size=SIDE // 2,
+        patch_size=CELL // 2,  # a cell is a token
         in_channels=3,
         out_channels=3,
         num_layers=layers,
@@ -298,7 +304,7 @@ def build(width: int = 256, layers: int = 2):
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=identity_vae(),
+        vae=exact_vae(),
         text_encoder=encoders[0],
         tokenizer=clip,
         text_encoder_2=encoders[1],
@@ -322,7 +328,7 @@ def encode(pipe, texts: list[str]) -> tuple[Tensor, Tensor]:
     return embeds, pooled
 
 
-def pretrain(pipe, steps: int, batch: int = 64):
+def pretrain(pipe, steps: int, batch: int = 32):
     """Flow matching of the transformer on noisy captions. Yields the loss of each step."""
     prompts, rng = prompt_list(), random.Random(0)
     torch.manual_seed(0)
@@ -342,7 +348,9 @@ def pretrain(pipe, steps: int, batch: int = 64):
         shown, other = ([draw_prompt() for _ in range(batch)] for _ in range(2))
         told = [b if rng.random() < WRONG else a for a, b in zip(shown, other, strict=True)]
         rows = [0 if rng.random() < 0.1 else index[prompt["prompt"]] for prompt in told]
-        x0 = paint([draw_scene(prompt, rng) for prompt in shown]) * 2 - 1
+        images = paint([draw_scene(prompt, rng) for prompt in shown])
+        with torch.no_grad():
+            x0 = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
         x0 = ((x0 - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)[:, None]
         u, eps = torch.rand(batch, 1), torch.randn(x0.shape)
         t = 3 * u / (1 + 2 * u)  # the shift of the sampler
@@ -372,7 +380,8 @@ TASKS = ("single", "position", "count", "two")
 @torch.no_grad()
 def sample(pipe, prompts: list[dict], seed: int, guidance: float, steps: int) -> Tensor:
     """A picture of each prompt (N, 3, SIDE, SIDE) in [0, 1], with the pipeline's own sampler."""
-    noise = torch.randn(len(prompts), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(prompts), 3, SIDE // 2, SIDE // 2, generator=generator)
     images = []
     for i in range(0, len(prompts), 48):
         texts = [prompt["prompt"] for prompt in prompts[i : i + 48]]
@@ -467,7 +476,7 @@ def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path(__file__).parent / "out" / "shapes", help="the pipeline's")
-    add("--pretraining", type=int, default=3500, help="its steps (default: 3500)")
+    add("--pretraining", type=int, default=10_000, help="its steps (default: 10000)")
     add("--samples", type=int, default=96, help="of each task, in the table (default: 96)")
     add("--lora", type=Path, nargs="+", help="do not pretrain: the table with each of these LoRAs")
     add("--figure", type=Path, help="pictures before and with the first LoRA, and their curves")
