@@ -213,7 +213,7 @@ def dgpo_loss(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Re
 
 
 def group_gate(gap: Tensor, beta: Real) -> Tensor:
-    """sigmoid(beta S), detached: the gate in the gradient of Eq. 17. gap: S (P,). beta: as above."""
+    """sigmoid(beta S), detached: the gate in the gradient of Eq. 17. gap: S (P,). beta as above."""
     return torch.sigmoid(beta * gap.detach())
 
 
