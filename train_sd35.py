@@ -54,7 +54,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, HfArgumentParser, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    HfArgumentParser,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers.utils import logging as transformers_logging
 
 import dgpo
@@ -1235,6 +1243,30 @@ def random_vae() -> AutoencoderKL:
     )
 
 
+def random_eye() -> CLIPVisionModel:
+    """Of PickScore's geometry, a CLIP ViT-H/14, with random weights."""
+    config = CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        image_size=224,
+    )
+    return CLIPVisionModel(config).requires_grad_(False).eval()
+
+
+def random_judge(device: torch.device) -> rewards.Reward:
+    """A reward that means nothing and costs what PickScore does."""
+    eye = random_eye().to(device)
+
+    @torch.no_grad()
+    def judge(images: Tensor, prompts: list[dict]) -> Tensor:
+        return eye(nn.functional.interpolate(images, (224, 224))).pooler_output.mean(1)
+
+    return judge
+
+
 def random_pipeline(args: Arguments) -> StableDiffusion3Pipeline:
     """Transformer and VAE of SD3.5 Medium's geometry with random weights, without text encoders."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -1308,6 +1340,8 @@ def plan(args: Arguments) -> None:
             vae = random_vae()
             side = args.resolution // 8
             decoding = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
+            eye = random_eye()
+            judging = tflop(lambda: eye(torch.empty(1, 3, 224, 224)))
         backward = tflop(lambda: forward(1).sum().backward())
         encoders = count(T5EncoderModel(T5Config(**T5_XXL)))
         encoders += count(CLIPTextModel(CLIPTextConfig(**CLIP_L)))
@@ -1348,6 +1382,7 @@ def plan(args: Arguments) -> None:
     work = {
         "rollout": args.num_inference_steps * guided * theta,
         "decode": decoding,
+        "reward, PickScore's eye": judging,
         "train": K * (guided_reference * reference + (bool(args.clip) + again) * theta + backward),
     }
     print(f"TFLOP of a step of {args.prompts_per_step} groups of {args.group_size}:")
@@ -1451,7 +1486,9 @@ def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
     return 2 * n**3 / best(lambda: a @ b), 2 * c.nbytes / best(c.clone)
 
 
-def bare_passes(trainer: Trainer, text: str, clock: Clock | Account) -> None:
+def bare_passes(
+    trainer: Trainer, text: str, judge: rewards.Reward | None, clock: Clock | Account
+) -> None:
     """A group's network passes by themselves: the same batches, nothing around them."""
     args, transformer = trainer.args, trainer.pipe.transformer
     side = args.resolution // trainer.pipe.vae_scale_factor
@@ -1476,7 +1513,10 @@ def bare_passes(trainer: Trainer, text: str, clock: Clock | Account) -> None:
             for _ in range(args.num_inference_steps):
                 forward(x, args.guidance_scale)
     with clock("decode"):
-        trainer.decode(x0)
+        images = trainer.decode(x0)
+    if judge:
+        with clock("reward"):
+            judge(images, [])
     with clock("train"):
         for x in batches * args.train_timesteps:
             with torch.no_grad():
@@ -1496,12 +1536,14 @@ def benchmark(args: Arguments) -> None:
     """
     accelerator = launch(args)
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
+    judge: rewards.Reward | None = None
     if args.pretrained_model_name_or_path == Arguments.pretrained_model_name_or_path:
         pipe = random_pipeline(args)
         tokens = 77 + args.max_sequence_length
         encoded = {
             text: Encoded(torch.randn(1, tokens, 4096), torch.randn(1, 2048)) for text in texts
         }
+        judge = random_judge(accelerator.device)
     else:
         pipe = load_pipeline(args.pretrained_model_name_or_path, precision(args))
         encoded = Encoder(pipe, args, accelerator.device)(texts, {})
@@ -1510,19 +1552,19 @@ def benchmark(args: Arguments) -> None:
     if not args.micro_batch_size:
         print(f"--micro_batch_size auto: {fit_micro_batch(trainer)}")
     optimizer = torch.optim.AdamW(trainer.parameters, args.learning_rate)
-    scorers = {"random": (1.0, lambda images, prompts: torch.rand(len(images)))}
+    scorers = {"random": (1.0, judge or (lambda images, prompts: torch.rand(len(images))))}
     chosen = [{"prompt": text} for text in texts[1:]]
     groups = len(range(accelerator.process_index, len(chosen), accelerator.num_processes))
 
     peak, bandwidth = measured_peaks(accelerator.device, precision(args))
     account = Account(peak, bandwidth)
     take_step(trainer, optimizer, scorers, chosen, 0)  # warm
-    bare_passes(trainer, texts[1], account)
+    bare_passes(trainer, texts[1], judge, account)
     steps, bare = [], []
     for step in range(1, args.benchmark + 1):
         steps.append(take_step(trainer, optimizer, scorers, chosen, step))
         clock = Clock(trainer.device)
-        bare_passes(trainer, texts[1], clock)
+        bare_passes(trainer, texts[1], judge, clock)
         bare.append({k: groups * v for k, v in clock.seconds.items()})
     if not accelerator.is_main_process:
         return

@@ -586,6 +586,15 @@ def test_the_benchmark_prints_the_overhead(tiny, tmp_path, capsys):
         assert 0 < float(mfu[:-1]) < 100
 
 
+def test_the_bare_passes_are_a_groups_phases(tiny, tmp_path):
+    trainer, x0, _ = benchmark_step.prepare(train_sd35.parse_args(flags(tiny, tmp_path / "run")))
+    seen, clock = [], train_sd35.Clock(trainer.device)
+    judge = lambda images, prompts: seen.append(tuple(images.shape))  # noqa: E731
+    train_sd35.bare_passes(trainer, benchmark_step.TEXT, judge, clock)
+    assert list(clock.seconds) == ["rollout", "decode", "reward", "train"]
+    assert seen == [(len(x0), 3, shapes.SIDE, shapes.SIDE)]
+
+
 def test_the_account_counts_flops_and_bytes():
     account = train_sd35.Account(peak=1e6, bandwidth=1e6)
     layer, x = torch.nn.Linear(30, 20, bias=False), torch.randn(10, 30, requires_grad=True)
@@ -611,10 +620,10 @@ def test_the_plan_counts_the_real_geometry(tmp_path, capsys):
     for row in lines[7:10]:
         one, two, *_, last = map(float, row[27:].split())
         assert last - one == pytest.approx(47 * (two - one), rel=0.1, abs=0.5)
-    flop = {line.split()[1]: float(line.split()[0]) for line in lines[-5:-1]}
+    flop = {line.split()[1].strip(","): float(line.split()[0]) for line in lines[-6:-1]}
     # Two FLOPs a parameter and token: an image token meets 12 d^2 a block, of d = 1536, and in 13
     # of the 24 blocks 4 d^2 more, one of the text 12 d^2. Attention and the LoRA come on top.
     parameters = 1024 * (24 * 12 + 13 * 4) * 1536**2 + 205 * 24 * 12 * 1536**2
     products = 2 * parameters * 192 * 10 * 2 / 1e12  # images, steps, guidance
     assert products < flop["rollout"] < 1.25 * products
-    assert flop["together"] == pytest.approx(sum(list(flop.values())[:3]), abs=2)
+    assert flop["together"] == pytest.approx(sum(list(flop.values())[:4]), abs=2)
