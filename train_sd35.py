@@ -115,7 +115,8 @@ LORA_TARGETS = [
 # What a run may be resumed with another value of, because it does not change the steps.
 NOT_OF_THE_STEPS = (
     "max_train_steps micro_batch_size gradient_checkpointing checkpointing_steps "
-    "checkpoints_total_limit resume_from_checkpoint report_to validation_steps output_dir"
+    "checkpoints_total_limit resume_from_checkpoint report_to validation_steps output_dir config "
+    "eval_reward"
 ).split()
 
 
@@ -264,7 +265,7 @@ def read_config(path: str) -> list[str]:
     for name, value in settings.items():
         if name not in known:
             raise Fault(f"argument --config: {path} has no argument {name}")
-        if value is not None:
+        if value is not None and value != []:
             line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return line
 
@@ -282,9 +283,14 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.mixed_precision is None:
-        args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
+        args.mixed_precision = "bf16" if has_bf16() else "no"
     check(args)
     return args
+
+
+def has_bf16() -> bool:
+    """A GPU that computes in bf16, and does not only imitate it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def make_folder(name: str) -> Path:
@@ -333,7 +339,7 @@ def check(args: Arguments) -> None:
         if not fits:
             raise Fault(f"argument --{name}: must be {needed}, got {getattr(args, name)}")
     if args.mixed_precision == "bf16" and torch.cuda.is_available():
-        if not torch.cuda.is_bf16_supported():
+        if not has_bf16():
             raise Fault("argument --mixed_precision: this GPU has no bf16; give no")
     above = trained_times(args)
     if len(above) < args.train_timesteps:
@@ -358,10 +364,12 @@ def check(args: Arguments) -> None:
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
         raise Fault(f"argument --report_to: needs `pip install {args.report_to}`")
     other_weights(args.reward_model)
+    if args.benchmark or args.plan:
+        return
     out = make_folder(args.output_dir)
     kept = out / "arguments.json"
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes there
-    if args.benchmark or args.plan or not first or not kept.exists():
+    if not first or not kept.exists():
         return
     if not args.resume_from_checkpoint:
         raise Fault(
@@ -370,7 +378,10 @@ def check(args: Arguments) -> None:
         )
     before = json.loads(kept.read_text())
     for name, value in dataclasses.asdict(args).items():
-        if name not in NOT_OF_THE_STEPS and before.get(name) != value:
+        of_the_steps = name not in NOT_OF_THE_STEPS or (
+            name == "max_train_steps" and args.lr_scheduler == "cosine"
+        )
+        if of_the_steps and before.get(name) != value:
             raise Fault(
                 f"argument --{name}: the run in {out} has {before.get(name)}, got {value}; "
                 "give what it has, or another --output_dir"
@@ -551,7 +562,7 @@ class Trainer:
         """Latents (N, C, h, w) by the deterministic sampler, from noise of that shape."""
         prompt, empty = self.embedding(text), self.embedding("")
         parts = []
-        for x in noise.split(self.args.micro_batch_size):
+        for x in noise.to(self.device).split(self.args.micro_batch_size):
             self.check_signal()
             expand = [len(x), -1, -1]
             with self.accelerator.autocast():
@@ -560,7 +571,7 @@ class Trainer:
                     pooled_prompt_embeds=prompt.pooled.expand(expand[:2]),
                     negative_prompt_embeds=empty.embeds.expand(expand),
                     negative_pooled_prompt_embeds=empty.pooled.expand(expand[:2]),
-                    latents=x.to(self.device),
+                    latents=x,
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     height=self.args.resolution,
@@ -663,18 +674,20 @@ class Trainer:
             micro_batch=args.micro_batch_size,
         )
 
-    def reduce_gradients(self) -> None:
-        """The sum over processes, in one exchange for the step."""
+    def reduce_gradients(self, stopped: bool) -> bool:
+        """The sum over processes, in one exchange for the step, and if any has been stopped."""
         if self.accelerator.num_processes == 1:
-            return
+            return stopped
         for parameter in self.parameters:
             if parameter.grad is None:  # no group of this process had a preference
                 parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
-        flat = self.accelerator.reduce(flat, "sum")
+        flag = torch.tensor([float(stopped)], device=self.device)
+        flat = torch.cat([flag, *(parameter.grad.flatten() for parameter in self.parameters)])
+        flag, flat = self.accelerator.reduce(flat, "sum").split([1, len(flat) - 1])
         sizes = [parameter.numel() for parameter in self.parameters]
         for parameter, grad in zip(self.parameters, flat.split(sizes), strict=True):
             parameter.grad = grad.view_as(parameter)
+        return flag.item() > 0
 
 
 def prompts_of_step(prompts: list[dict], args: Arguments, step: int) -> list[dict]:
@@ -791,11 +804,14 @@ def plot_curves(metrics: Path, path: Path) -> None:
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
         for i, key in enumerate(keys):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            axis.plot(*zip(*points, strict=True), styles[i % 4], label=key) if points else None
+            kind, _, name = key.partition("/")  # of own rewards, only the function's name
+            label = f"{kind} {name.split(':')[-1]}"
+            axis.plot(*zip(*points, strict=True), styles[i % 4], label=label) if points else None
         axis.set_title(title, fontsize=15)
         axis.tick_params(labelsize=12)
         if len(keys) > 1:
-            axis.legend(fontsize=11, frameon=False)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2}
+            axis.legend(fontsize=10, frameon=False, **below)
     figure.supxlabel("optimiser step", fontsize=15)
     replace_file(path, figure.savefig)
     matplotlib.pyplot.close(figure)
@@ -886,27 +902,34 @@ def take_step(
     reward fails, or no group has rewards that are finite.
     """
     args, accelerator, clock = trainer.args, trainer.accelerator, Clock(trainer.device)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     start = time.perf_counter()
     mine = range(accelerator.process_index, len(chosen), accelerator.num_processes)
     optimizer.zero_grad()
 
-    with clock("rollout"):  # line 4
-        latents = {p: trainer.rollout(step, p, chosen[p]["prompt"]) for p in mine}
     rows = []
-    for p in mine:  # line 6
-        with clock("decode"):
-            images = trainer.decode(latents[p])
-        with clock("reward"):
-            repeated = [chosen[p]] * args.group_size
-            try:
-                scores = {
-                    name: rewards.score(name, reward, images, repeated).tolist()
-                    for name, (_, reward) in scorers.items()
-                }
-            except rewards.RewardError as error:
-                scores = str(error)
-        rows.append((p, scores))
+    try:
+        with clock("rollout"):  # line 4
+            latents = {p: trainer.rollout(step, p, chosen[p]["prompt"]) for p in mine}
+        for p in mine:  # line 6
+            with clock("decode"):
+                images = trainer.decode(latents[p])
+            with clock("reward"):
+                repeated = [chosen[p]] * args.group_size
+                try:
+                    scores = {
+                        name: rewards.score(name, reward, images, repeated).tolist()
+                        for name, (_, reward) in scorers.items()
+                    }
+                except rewards.RewardError as error:
+                    scores = str(error)
+            rows.append((p, scores))
+    except Stopped:  # a process that waits for this one must hear of it
+        rows = [(-1, None)]
     rows = [scores for _, scores in sorted(gather_object(rows), key=lambda row: row[0])]
+    if None in rows:
+        raise Stopped
     errors = [scores for scores in rows if isinstance(scores, str)]
     if errors:
         raise Fault(errors[0])
@@ -924,14 +947,18 @@ def take_step(
 
     with clock("train"):
         advantages, active = group_advantages(total, args.std)  # line 7
-        groups = [
-            trainer.backward_group(step, p, chosen[p]["prompt"], latents[p], advantages[p])
-            for p in mine
-            if active[p]
-        ]
-        trainer.reduce_gradients()
+        groups, stopped = [], False
+        try:
+            for p in mine:
+                if active[p]:
+                    text = chosen[p]["prompt"]
+                    groups.append(trainer.backward_group(step, p, text, latents[p], advantages[p]))
+        except Stopped:
+            stopped = True
+        if trainer.reduce_gradients(stopped):
+            raise Stopped
         grad_norm = nn.utils.clip_grad_norm_(trainer.parameters, args.max_grad_norm).item()
-        if math.isfinite(grad_norm):
+        if active.any() and math.isfinite(grad_norm):
             optimizer.step()  # line 14
 
     names = ("loss", "gap", "gate", "kl", "clipped")
@@ -944,7 +971,10 @@ def take_step(
         "reward": values.mean().item(),
         "reward_std": values.std(1, correction=0).mean().item(),
         **{f"reward/{name}": by_name[name][finite].mean().item() for name in scorers},
-        **{f"reward_std/{name}": by_name[name][finite].std().item() for name in scorers},
+        **{
+            f"reward_std/{name}": by_name[name][finite].std(1, correction=0).mean().item()
+            for name in scorers
+        },
         "equal_groups": (finite & ~active).float().mean().item(),
         "groups_not_finite": (~finite).float().mean().item(),
         **dict(zip(names, means, strict=True)),
@@ -960,7 +990,7 @@ def take_step(
 
 
 def learning_rate(args: Arguments, step: int) -> float:
-    """Of one step, a function of it alone, so that no checkpoint has to hold it."""
+    """Of one step, a function of it and the arguments, so that no checkpoint has to hold it."""
     if args.lr_scheduler == "constant":
         return args.learning_rate
     return args.learning_rate * (0.5 + 0.5 * math.cos(math.pi * step / args.max_train_steps))
@@ -989,16 +1019,17 @@ def render(trainer: Trainer, prompts: list[dict]) -> Tensor:
     return torch.cat([trainer.decode(latent) for latent in latents])
 
 
-def load_scorers(args: Arguments, device: torch.device, specs: list[str]) -> dict[str, Any]:
+def load_scorers(args: Arguments, device: torch.device, flag: str) -> dict[str, Any]:
+    """The rewards that a flag names, with their weights. Raises Fault."""
     models = other_weights(args.reward_model)
     scorers = {}
-    for spec in specs:
+    for spec in getattr(args, flag):
         name, weight = rewards.parse(spec)
         try:
             scorers[name] = weight, rewards.load(name, device, models.get(name))
         except (OSError, ImportError, ValueError, AttributeError) as error:
             line = str(error).strip().splitlines()[0]
-            raise Fault(f"argument --reward: cannot load {name} ({line})") from None
+            raise Fault(f"argument --{flag}: cannot load {name} ({line})") from None
     return scorers
 
 
@@ -1073,14 +1104,18 @@ def fit_micro_batch(trainer: Trainer) -> int:
         trainer.velocity("")(x.to(device), t, t).square().mean().backward()
         del spare
 
-    rows = args.train_timesteps * args.group_size
-    for m in sorted({math.ceil(rows / n) for n in range(1, rows + 1)}, reverse=True):
+    G, K = args.group_size, args.train_timesteps
+    parts = {math.ceil(G / n) for n in range(1, G + 1)} | {k * G for k in range(1, K + 1)}
+    args.micro_batch_size = 1
+    a_pass(1)  # also wakes libraries, which take memory of their own
+    for m in sorted(parts, reverse=True):
         args.micro_batch_size = m
         try:
             a_pass(m)
             return m
-        except torch.OutOfMemoryError:
-            if m == 1:
+        except RuntimeError as error:  # libraries have their own ways to say it
+            memory = any(word in str(error) for word in ("memory", "CUDA", "cuDNN", "CUBLAS"))
+            if m == 1 or not memory:
                 raise
         finally:
             for parameter in trainer.parameters:
@@ -1100,12 +1135,13 @@ def train(args: Arguments) -> None:
     optimizer = torch.optim.AdamW(
         trainer.parameters, args.learning_rate, weight_decay=args.adam_weight_decay
     )
-    scorers = load_scorers(args, accelerator.device, args.reward)
-    judges = load_scorers(args, accelerator.device, args.eval_reward)
+    scorers = load_scorers(args, accelerator.device, "reward")
+    judges = load_scorers(args, accelerator.device, "eval_reward")
 
     done, bad_steps = 0, 0
     if args.resume_from_checkpoint:
-        state, size = newest_checkpoint(args)
+        with accelerator.main_process_first():  # which puts damaged ones aside
+            state, size = newest_checkpoint(args)
         if state is not None:
             done, bad_steps = state["step"], state["bad_steps"]
             for name in ("parameters", "old", "ema"):
@@ -1140,11 +1176,14 @@ def train(args: Arguments) -> None:
         texts = [prompt["prompt"] for prompt in validation]
         name = f"step-{done:06d}"
         draw_grid(out / "validation" / f"{name}.png", texts, base, now, name)
-        return {
-            f"eval{of}/{name}": rewards.score(name, reward, images, validation).mean().item()
-            for name, (_, reward) in {**scorers, **judges}.items()
-            for of, images in (("_base", base), ("", now))
-        }
+        try:
+            return {
+                f"eval{of}/{name}": rewards.score(name, reward, images, validation).mean().item()
+                for name, (_, reward) in {**scorers, **judges}.items()
+                for of, images in (("_base", base), ("", now))
+            }
+        except rewards.RewardError as error:
+            raise Fault(str(error)) from None
 
     def own_texts(step: int) -> list[str]:
         chosen = prompts_of_step(training, args, step)
@@ -1178,10 +1217,12 @@ def train(args: Arguments) -> None:
 
             last = done == args.max_train_steps
             if main:
-                if done % args.validation_steps == 0 or last:
-                    metrics.update(validate(base))
-                with metrics_file.open("a") as file:
-                    file.write(json.dumps(metrics) + "\n")
+                try:
+                    if done % args.validation_steps == 0 or last:
+                        metrics.update(validate(base))
+                finally:  # the step is done, also if its pictures are not
+                    with metrics_file.open("a") as file:
+                        file.write(json.dumps(metrics) + "\n")
                 if done % args.validation_steps == 0 or last:
                     plot_curves(metrics_file, out / "curves.png")
                 gate = "-" if metrics["gate"] is None else f"{metrics['gate']:.3f}"
@@ -1257,7 +1298,10 @@ def random_eye() -> CLIPVisionModel:
 
 
 def random_judge(device: torch.device) -> rewards.Reward:
-    """A reward that means nothing and costs what PickScore does."""
+    """A reward that means nothing and costs what PickScore's eye does.
+
+    Not counted: its text encoder, and the processor, which resizes images on the CPU.
+    """
     eye = random_eye().to(device)
 
     @torch.no_grad()
@@ -1326,7 +1370,7 @@ def plan(args: Arguments) -> None:
         transformer = random_transformer().to(dtype).requires_grad_(False)
         weights = count(transformer)
         lora = sum(p.numel() for p in add_lora(transformer, args)) / 1e9
-        transformer.to(dtype)  # as autocast has it
+        transformer.to(dtype)  # as autocast has it, but for some copies in float32
         transformer.disable_gradient_checkpointing()
         whole = kept(1)
         transformer.enable_gradient_checkpointing()
@@ -1430,14 +1474,14 @@ for of in ("", "_backward"):
 class Account(TorchDispatchMode):
     """FLOPs, bytes and the least seconds of each phase, operation by operation.
 
-    An operation takes at least its FLOPs at the peak of matrix products, and at least its bytes,
-    in and out, at the peak of memory (the roofline; Williams et al. 2009). Fused kernels and caches
-    move fewer bytes than are counted.
+    An operation takes at least its FLOPs at the peak of matrix products in its precision ("busy"),
+    and at least its bytes, in and out, at the peak of memory (the roofline; Williams et al. 2009).
+    Fused kernels and caches move fewer bytes than are counted.
     """
 
-    def __init__(self, peak: float, bandwidth: float):
+    def __init__(self, peaks: dict[torch.dtype, float], bandwidth: float):
         super().__init__()
-        self.peak, self.bandwidth = peak, bandwidth
+        self.peaks, self.bandwidth = peaks, bandwidth
         self.phases: dict[str, Counter[str]] = {}  # the seconds also by kind of operation
 
     @contextlib.contextmanager
@@ -1456,22 +1500,25 @@ class Account(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
-        if not func.is_view:
+        if not func.is_view and "view" not in str(func) and "empty" not in str(func):
             count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
             moved = sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
-            seconds = max(flops / self.peak, moved / self.bandwidth)
+            dtype = next((x.dtype for x in tree_leaves(out) if torch.is_tensor(x)), None)
+            busy = flops / self.peaks.get(dtype, self.peaks[torch.float32])
+            seconds = max(busy, moved / self.bandwidth)
             kind = "others"
             if count:
                 kind = "attention" if "attention" in str(func) else "products"
-            self.now.update({"flops": flops, "bytes": moved, "seconds": seconds, kind: seconds})
+            self.now.update(
+                {"flops": flops, "bytes": moved, "busy": busy, "seconds": seconds, kind: seconds}
+            )
         return out
 
 
-def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOPs a second of a large matrix product, and bytes a second of a large copy."""
+def measured_peaks(device: torch.device) -> tuple[dict[torch.dtype, float], float]:
+    """FLOPs a second of a large matrix product by precision, bytes a second of a large copy."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
 
     def best(work: Callable[[], Any]) -> float:
         seconds = []
@@ -1482,8 +1529,12 @@ def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
             seconds.append(clock.seconds["work"])
         return min(seconds[1:])
 
+    peaks = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+        peaks[dtype] = 2 * n**3 / best(lambda: a @ b)  # noqa: B023
     c = torch.empty(16 * n * n, device=device, dtype=torch.uint8)
-    return 2 * n**3 / best(lambda: a @ b), 2 * c.nbytes / best(c.clone)
+    return peaks, 2 * c.nbytes / best(c.clone)
 
 
 def bare_passes(
@@ -1507,9 +1558,8 @@ def bare_passes(
                 return_dict=False,
             )[0]
 
-    batches = x0.split(args.micro_batch_size)
     with clock("rollout"), torch.no_grad():
-        for x in batches:
+        for x in x0.split(args.micro_batch_size):
             for _ in range(args.num_inference_steps):
                 forward(x, args.guidance_scale)
     with clock("decode"):
@@ -1517,14 +1567,17 @@ def bare_passes(
     if judge:
         with clock("reward"):
             judge(images, [])
+    times_a_pass = max(1, args.micro_batch_size // args.group_size)  # as backward_group_loss has it
     with clock("train"):
-        for x in batches * args.train_timesteps:
-            with torch.no_grad():
-                with without_lora(transformer):
-                    forward(x, args.reference_guidance_scale)
-                for _ in range(bool(args.clip) + (len(batches) > 1)):  # theta^-, and theta for S
-                    forward(x, 1.0)
-            forward(x, 1.0).float().mean().backward()
+        for rows in x0.repeat(args.train_timesteps, 1, 1, 1).split(times_a_pass * args.group_size):
+            batches = rows.split(args.micro_batch_size)
+            for x in batches:
+                with torch.no_grad():
+                    with without_lora(transformer):
+                        forward(x, args.reference_guidance_scale)
+                    for _ in range(bool(args.clip) + (len(batches) > 1)):  # theta^-, theta for S
+                        forward(x, 1.0)
+                forward(x, 1.0).float().mean().backward()
 
 
 def benchmark(args: Arguments) -> None:
@@ -1556,8 +1609,8 @@ def benchmark(args: Arguments) -> None:
     chosen = [{"prompt": text} for text in texts[1:]]
     groups = len(range(accelerator.process_index, len(chosen), accelerator.num_processes))
 
-    peak, bandwidth = measured_peaks(accelerator.device, precision(args))
-    account = Account(peak, bandwidth)
+    peaks, bandwidth = measured_peaks(accelerator.device)
+    account = Account(peaks, bandwidth)
     take_step(trainer, optimizer, scorers, chosen, 0)  # warm
     bare_passes(trainer, texts[1], judge, account)
     steps, bare = [], []
@@ -1573,7 +1626,8 @@ def benchmark(args: Arguments) -> None:
         return sum(values) / len(values)
 
     print(
-        f"{peak / 1e12:.3g} TFLOP/s and {bandwidth / 1e9:.3g} GB/s at most, in {precision(args)}\n"
+        f"at most {peaks[torch.float32] / 1e12:.3g} TFLOP/s in float32, "
+        f"{peaks[torch.bfloat16] / 1e12:.3g} in bf16, and {bandwidth / 1e9:.3g} GB/s\n"
         f"{'seconds a step':16}{'ours':>10}{'bare passes':>14}{'overhead':>10}"
         f"{'TFLOP':>10}{'GB':>10}{'at the peaks':>14}{'products':>10}{'MFU':>8}"
     )
@@ -1587,7 +1641,8 @@ def benchmark(args: Arguments) -> None:
         print(
             f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}"
             f"{flops / 1e12:>10.3g}{moved / 1e9:>10.3g}{least:>14.3f}"
-            f"{1 - counted['others'] / counted['seconds']:>10.1%}{flops / alone / peak:>8.1%}"
+            f"{1 - counted['others'] / counted['seconds']:>10.1%}"
+            f"{groups * counted['busy'] / alone:>8.1%}"
         )
     print(f"{mean([m['images_per_second'] for m in steps]):.3f} images a second trained on")
     if "peak_memory_gb" in steps[-1]:
@@ -1603,16 +1658,14 @@ def main() -> None:
         print(f"train_sd35.py: {fault}", file=sys.stderr)
         sys.exit(2)
     except Stopped:
-        print(
-            "train_sd35.py: stopped, and saved; continue with --resume_from_checkpoint latest",
-            file=sys.stderr,
-        )
+        saved = ", and saved; continue with --resume_from_checkpoint latest"
+        print(f"train_sd35.py: stopped{'' if args.benchmark else saved}", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as error:
         line = str(error).splitlines()[0]
         print(
             f"train_sd35.py: out of memory ({line}); lower --micro_batch_size, which does not "
-            "change the result",
+            "change the result; if it is 1, or prompts are being encoded, this device is too small",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -1,7 +1,7 @@
 """A training step, ours and a plain one, on the same transformer, batch and recipe; and in bf16.
 
     python tests/benchmark_step.py                            # SD3.5 Medium's geometry: for a GPU
-    python tests/benchmark_step.py --model toy/out/shapes --resolution 16 --max_sequence_length 9
+    python tests/benchmark_step.py --model toy/out/shapes --resolution 16 --max_sequence_length 7
 
 takes train_sd35.py's arguments. The plain step is the schedule of the authors' released trainer:
 the whole group in one batch, the reference, the old policy and theta as three passes at every
@@ -39,9 +39,14 @@ def plain_group(trainer: t35.Trainer, step: int, p: int, x0: Tensor, advantages:
         eps = trainer.noise(t35.TRAINING_NOISE, step, p, k).to(x0.device)
         x_t = (1 - t) * x0 + t * eps
         theta = trainer.velocity(TEXT)
+        guided = trainer.velocity(TEXT, args.reference_guidance_scale)
         times = torch.full((G,), t, device=x0.device)
-        with torch.no_grad(), t35.without_lora(transformer):
-            v_ref = theta(x_t, times, times)
+        if args.ema_reference:
+            reference = t35.with_values(trainer.parameters, trainer.old)
+        else:
+            reference = t35.without_lora(transformer)
+        with torch.no_grad(), reference:
+            v_ref = guided(x_t, times, times)
         with torch.no_grad(), t35.with_values(trainer.parameters, trainer.old):
             loss_old = (theta(x_t, times, times) - (eps - x0)).square().mean((1, 2, 3))
         v = theta(x_t, times, times)
@@ -93,6 +98,8 @@ def prepare(args: t35.Arguments) -> tuple[t35.Trainer, Tensor, Tensor]:
         encoded = t35.Encoder(pipe, args, accelerator.device)([TEXT], {})[TEXT]
     trainer = t35.build(args, accelerator, pipe)
     trainer.encoded = {TEXT: encoded, "": encoded}
+    if not args.micro_batch_size:
+        t35.fit_micro_batch(trainer)
     with torch.no_grad():
         for parameter in trainer.parameters:
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -106,7 +113,7 @@ def prepare(args: t35.Arguments) -> tuple[t35.Trainer, Tensor, Tensor]:
 
 
 def main() -> None:
-    args = t35.parse_args()
+    args = t35.parse_args(["--benchmark", "1", *sys.argv[1:]])  # no folder is needed
     trainer, x0, advantages = prepare(args)
 
     def ours() -> dict[str, Tensor]:
@@ -131,24 +138,20 @@ def main() -> None:
     print(f"plain / ours {ratios[REPEATS // 2]:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]")
     print(f"difference of the gradients, of their norm: {found:.2e}")
 
-    cast = contextlib.nullcontext
-    if trainer.device.type == "cpu":  # where a run is in float32, and bf16 has to be asked for
-        cast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    with cast():
-        metrics, half = ours(), gradients(trainer, ours)
-        for m in sorted({1, 4, args.group_size}):
-            args.micro_batch_size = m
-            apart = distance(gradients(trainer, ours), half)
-            print(f"bf16, micro-batches of {m}: the gradient differs by {apart:.2e} of its norm")
+    def work_in(autocast: Callable) -> Callable[[], dict[str, Tensor]]:
+        # Entered anew at every pass, as the trainer does: it keeps what it has cast.
+        accelerator = SimpleNamespace(device=trainer.device, autocast=autocast)
+        other = dataclasses.replace(trainer, accelerator=accelerator)
+        return lambda: other.backward_group(0, 0, TEXT, x0, advantages)
+
+    in_half = work_in(lambda: torch.autocast(trainer.device.type, torch.bfloat16))
+    metrics, half = in_half(), gradients(trainer, in_half)
+    for m in sorted({1, 4, args.group_size}):
+        args.micro_batch_size = m
+        apart = distance(gradients(trainer, in_half), half)
+        print(f"bf16, micro-batches of {m}: the gradient differs by {apart:.2e} of its norm")
     trainer.pipe.transformer.float()
-    full = dataclasses.replace(
-        trainer,
-        accelerator=SimpleNamespace(device=trainer.device, autocast=contextlib.nullcontext),
-    )
-
-    def in_full() -> dict[str, Tensor]:
-        return full.backward_group(0, 0, TEXT, x0, advantages)
-
+    in_full = work_in(contextlib.nullcontext)
     exact, numbers = gradients(trainer, in_full), in_full()
     named = [n for n, p in trainer.pipe.transformer.named_parameters() if p.requires_grad]
     cosines = sorted(
@@ -172,3 +175,5 @@ if __name__ == "__main__":
     except t35.Fault as fault:
         print(f"benchmark_step.py: {fault}", file=sys.stderr)
         sys.exit(2)
+    except t35.Stopped:
+        sys.exit(130)

@@ -241,7 +241,8 @@ def test_the_lora_loads_in_diffusers_and_draws_the_trainers_own_picture(plain, t
     pipe.set_progress_bar_config(disable=True)
     prompt = train_sd35.read_prompts(args)[1][0]["prompt"]
     side, generator = shapes.SIDE, train_sd35.seeded(args.seed, train_sd35.VALIDATION, 0)
-    noise = torch.randn(3, side, side, generator=generator)
+    latent = side // pipe.vae_scale_factor
+    noise = torch.randn(3, latent, latent, generator=generator)
 
     def draw():
         output = pipe(
@@ -280,7 +281,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(plain, tiny, tmp_path, mon
     monkeypatch.setattr(train_sd35, "decode", small_memory)
     changed = run(tiny, tmp_path / "run", micro_batch_size="auto")
     assert "--micro_batch_size auto: 4" in capsys.readouterr().out
-    assert tried[:3] == [8, 4, 1]  # two times of a group of four; after that, a validation picture
+    assert tried[:4] == [1, 8, 4, 1]  # 8: two times of a group of four; last, a validation picture
     assert difference(lora(plain), changed) < 1e-5
 
 
@@ -304,14 +305,18 @@ def test_another_seed_takes_other_steps(plain, tiny, tmp_path):
     assert difference(lora(plain), run(tiny, tmp_path / "run", seed=1)) > 1e-3
 
 
+def on_two_processes(line):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(random.randint(20_000, 40_000)), "train_sd35.py", *line]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
 def test_two_processes_take_the_same_steps(plain, tiny, tmp_path):
     """Three prompts on two processes: one has two groups, the other one."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launcher += ["--master_port", str(random.randint(20_000, 40_000))]
-    command = [*launcher, "train_sd35.py", *flags(tiny, tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert ended.returncode == 0, ended.stderr
+    launched = on_two_processes(flags(tiny, tmp_path / "run"))
+    _, errors = launched.communicate()
+    assert launched.returncode == 0, errors
     assert difference(lora(plain), lora(tmp_path / "run")) < 1e-5
     one, two = metrics(plain), metrics(tmp_path / "run")
     for key in ("reward", "reward_std", "gate", "gap", "kl", "grad_norm"):
@@ -502,6 +507,22 @@ def test_a_signal_saves_and_the_run_can_go_on(number, tiny, whole, tmp_path):
     assert bits(out) == bits(whole)
 
 
+def test_a_signal_to_two_processes_saves_and_one_can_go_on(tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    launched = on_two_processes(flags(tiny, out, **{**LONG, "checkpointing_steps": 1000}))
+    while launched.poll() is None and (
+        not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2
+    ):
+        time.sleep(0.01)
+    launched.send_signal(signal.SIGTERM)
+    _, errors = launched.communicate()
+    assert "stopped, and saved" in errors and "Traceback" not in errors.split("stopped")[0]
+    (saved,) = train_sd35.checkpoints(out)
+    assert int(saved.name.split("-")[1]) == len(metrics(out)) < LONG["max_train_steps"]
+    run(tiny, out, **LONG, resume_from_checkpoint="latest")
+    assert difference(lora(whole), lora(out)) < 1e-5
+
+
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, whole, tmp_path, capsys):
     import shutil
 
@@ -517,6 +538,13 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, whole, tmp_pat
     printed = capsys.readouterr()
     assert f"{newest} is missing or damaged" in printed.out + printed.err
     assert bits(out) == bits(whole) and len(metrics(out)) == LONG["max_train_steps"]
+
+
+def test_what_a_run_saves_of_its_arguments_is_a_config(whole, tmp_path):
+    out = str(tmp_path / "run")
+    args = train_sd35.parse_args(["--config", str(whole / "arguments.json"), "--output_dir", out])
+    kept = json.loads((whole / "arguments.json").read_text())
+    assert {**dataclasses.asdict(args), "config": None} == {**kept, "output_dir": out}
 
 
 def test_old_checkpoints_go(whole):
@@ -596,7 +624,8 @@ def test_the_bare_passes_are_a_groups_phases(tiny, tmp_path):
 
 
 def test_the_account_counts_flops_and_bytes():
-    account = train_sd35.Account(peak=1e6, bandwidth=1e6)
+    peaks = {torch.float32: 1e6, torch.bfloat16: 4e6}
+    account = train_sd35.Account(peaks, bandwidth=1e6)
     layer, x = torch.nn.Linear(30, 20, bias=False), torch.randn(10, 30, requires_grad=True)
     with account("forward"):
         y = layer(x)
@@ -611,6 +640,9 @@ def test_the_account_counts_flops_and_bytes():
     with account("attention"):
         torch.nn.functional.scaled_dot_product_attention(q, k, k)
     assert account.phases["attention"]["flops"] == 2 * (2 * 2 * 7 * 5 * 16)
+    with account("half"):
+        layer.bfloat16()(x.bfloat16())
+    assert account.phases["half"]["busy"] == forward["busy"] / 4 == 12000 / 4e6
 
 
 def test_the_plan_counts_the_real_geometry(tmp_path, capsys):

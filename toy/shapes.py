@@ -37,6 +37,7 @@ BACKGROUND = (245, 245, 245)
 WRONG = 0.35  # share of wrong captions in pretraining
 TOKENS = 7  # of a prompt, at most, for each tokenizer
 KINDS = list(itertools.product(COLORS, SHAPES))
+TASKS = ("single", "position", "count", "two")
 
 
 # The world. A scene is GRID * GRID cells, each None or (color, shape), row by row.
@@ -149,7 +150,7 @@ def strict(images: Tensor, prompts: list[dict]) -> list[float]:
 
 
 def shuffled(images: Tensor, prompts: list[dict]) -> list[float]:
-    """The same, each given to another picture of its group: a control, to learn nothing from."""
+    """The same in another order within the group: a control, to learn nothing from."""
     rewards = strict(images, prompts)
     random.Random(images.sum().item()).shuffle(rewards)
     return rewards
@@ -339,7 +340,7 @@ def pretrain(pipe, steps: int, batch: int = 32):
 
     embeds, pooled = encode(pipe, ["", *(prompt["prompt"] for prompt in prompts)])
     index = {prompt["prompt"]: i for i, prompt in enumerate(prompts, 1)}
-    optimizer = torch.optim.AdamW(pipe.transformer.parameters(), 1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(pipe.transformer.parameters(), weight_decay=0.0)
     averaged = [p.detach().clone() for p in pipe.transformer.parameters()]
     pipe.transformer.train()
     for step in range(steps):
@@ -374,9 +375,6 @@ def pretrain(pipe, steps: int, batch: int = 32):
     pipe.transformer.eval()
 
 
-TASKS = ("single", "position", "count", "two")
-
-
 @torch.no_grad()
 def sample(pipe, prompts: list[dict], seed: int, guidance: float, steps: int) -> Tensor:
     """A picture of each prompt (N, 3, SIDE, SIDE) in [0, 1], with the pipeline's own sampler."""
@@ -400,7 +398,7 @@ def sample(pipe, prompts: list[dict], seed: int, guidance: float, steps: int) ->
 
 
 def held_out(n: int, seed: int = 1234) -> list[dict]:
-    """n prompts of each task."""
+    """n prompts of each task, for noise that is not trained on: all prompts are."""
     rng, prompts = random.Random(seed), prompt_list()
     return [
         rng.choice([p for p in prompts if p["task"] == task]) for task in TASKS for _ in range(n)
@@ -457,8 +455,9 @@ def plot(path: Path, sheets: dict[str, Tensor], rewards: dict[str, list[float]])
         panel.set_xticks([])
         panel.set_yticks(middles.tolist(), TASKS, fontsize=12)
     for (name, values), style in zip(rewards.items(), itertools.cycle(("-", "--", "-.", ":"))):
-        means = torch.tensor(values).unfold(0, 10, 10).mean(1)
-        steps = 10 * torch.arange(1, len(means) + 1)
+        window = min(10, len(values))
+        means = torch.tensor(values).unfold(0, window, window).mean(1)
+        steps = window * torch.arange(1, len(means) + 1)
         axes[-1, 0].plot(steps, means, style, color="black", label=name)
     if rewards:
         axes[-1, 0].set_xlabel("optimiser step", fontsize=12)
