@@ -464,7 +464,7 @@ def plot(path: Path, sheets: dict[str, Tensor], rewards: dict[str, list[float]])
         axes[-1, 0].set_ylabel("mean reward of the rollouts", fontsize=12)
         axes[-1, 0].set_ylim(0, 1)
         axes[-1, 0].grid(alpha=0.3)
-        axes[-1, 0].legend(fontsize=12)
+        axes[-1, 0].legend(fontsize=12, ncols=2, loc="center right", bbox_to_anchor=(1, 0.65))
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
