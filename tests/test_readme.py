@@ -56,12 +56,6 @@ def test_the_recipes_are_the_trainers():
         assert f"| {recipe['std']} |" in row
 
 
-def test_the_plan_is_what_the_trainer_prints(tmp_path, capsys):
-    line = ["--plan", "--output_dir", str(tmp_path)]
-    train_sd35.plan(train_sd35.parse_args(line))
-    assert capsys.readouterr().out in README
-
-
 def test_every_reward_is_in_the_readme():
     table = README.split("| `--reward` |")[1].split("\n\n")[0]
     assert [name for name in rewards.names() if f"| `{name}` |" not in table] == []

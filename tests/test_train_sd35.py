@@ -650,9 +650,11 @@ def test_the_account_counts_flops_and_bytes():
     assert account.phases["half"]["busy"] == forward["busy"] / 4 == 12000 / 4e6
 
 
-def test_the_plan_counts_the_real_geometry(tmp_path, capsys):
-    train_sd35.plan(train_sd35.parse_args(["--plan", "--output_dir", str(tmp_path)]))
-    lines = capsys.readouterr().out.splitlines()
+def test_the_plan_counts_the_real_geometry_and_is_in_the_readme(capsys):
+    train_sd35.plan(train_sd35.parse_args(["--plan"]))
+    printed = capsys.readouterr().out
+    assert printed in (ROOT / "README.md").read_text()
+    lines = printed.splitlines()
     assert "transformer, 2.24 G parameters" in lines[1] and "LoRA, 37.6 M" in lines[2]
     for row in lines[7:10]:
         one, two, *_, last = map(float, row[27:].split())
