@@ -509,14 +509,20 @@ def test_a_signal_saves_and_the_run_can_go_on(number, tiny, whole, tmp_path):
     assert bits(out) == bits(whole)
 
 
-def test_a_signal_to_two_processes_saves_and_one_can_go_on(tiny, whole, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
+def test_a_signal_to_one_of_two_processes_ends_both_and_saves(tiny, whole, tmp_path):
+    """The first, which saves, waits for the second, which alone is told to stop."""
     out = tmp_path / "run"
     launched = on_two_processes(flags(tiny, out, **{**LONG, "checkpointing_steps": 1000}))
     while launched.poll() is None and (
         not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2
     ):
         time.sleep(0.01)
-    launched.send_signal(signal.SIGTERM)
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    (second,) = (
+        pid for pid in children if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()
+    )
+    os.kill(int(second), signal.SIGTERM)
     _, errors = launched.communicate()
     assert "stopped, and saved" in errors and "Traceback" not in errors.split("stopped")[0]
     (saved,) = train_sd35.checkpoints(out)
