@@ -1374,7 +1374,8 @@ def plan(args: Arguments) -> None:
         transformer.disable_gradient_checkpointing()
         whole = kept(1)
         transformer.enable_gradient_checkpointing()
-        checkpointed = kept(1) + (whole - kept(1)) / 24  # and a block that is computed again
+        inputs = kept(1)
+        checkpointed = inputs + (whole - inputs) / 24  # and a block that is computed again
         if not args.gradient_checkpointing:
             transformer.disable_gradient_checkpointing()
         with torch.no_grad():
