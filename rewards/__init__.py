@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,12 @@ Reward = Callable[[Tensor, list[dict]], object]
 
 class RewardError(RuntimeError):
     """A reward failed; the message names it, and the prompt it failed on."""
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Images (N, 3, H, W) in [0, 1] as bytes (N, H, W, 3), the form that picture files have."""
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return pixels.permute(0, 2, 3, 1).numpy()
 
 
 def names() -> list[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rewards import to_bytes
+
 CLIP = "openai/clip-vit-large-patch14"
 WEIGHTS = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
@@ -43,8 +45,7 @@ def load(device: torch.device | str, model: str | None = None):
 
     @torch.no_grad()
     def aesthetic(images: Tensor, prompts: list[dict]) -> Tensor:
-        pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-        inputs = processor(list(pixels.permute(0, 2, 3, 1).numpy()), return_tensors="pt")
+        inputs = processor(list(to_bytes(images)), return_tensors="pt")
         seen = clip.vision_model(**inputs.to(device)).pooler_output
         embedding = clip.visual_projection(seen)
         return head(embedding / embedding.norm(dim=1, keepdim=True))[:, 0]

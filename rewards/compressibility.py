@@ -8,14 +8,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rewards import to_bytes
+
 
 def load(device: torch.device | str, model: str | None = None):
     """Minus the size as a JPEG of quality 95, in kilobytes. `device` and `model` play no part."""
 
     def compressibility(images: Tensor, prompts: list[dict]) -> list[float]:
-        pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
         sizes = []
-        for picture in pixels.permute(0, 2, 3, 1).numpy():
+        for picture in to_bytes(images):
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "JPEG", quality=95)
             sizes.append(file.tell() / 1000)

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rewards import to_bytes
+
 TIMEOUT, ATTEMPTS, PAUSE = 60.0, 3, 1.0  # seconds for an answer; tries; seconds after the first
 
 
 def to_png(images: Tensor) -> list[str]:
     """Images (N, 3, H, W) in [0, 1] as PNG files in base64."""
-    pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
     files = []
-    for picture in pixels.permute(0, 2, 3, 1).numpy():
+    for picture in to_bytes(images):
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "PNG")
         files.append(base64.b64encode(file.getvalue()).decode())

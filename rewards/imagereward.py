@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rewards import to_bytes
 from rewards.aesthetic import predictor
 
 MODEL, FILE = "THUDM/ImageReward", "ImageReward.pt"
@@ -102,8 +103,7 @@ def load(device: torch.device | str, model: str | None = None):
 
     @torch.no_grad()
     def imagereward(images: Tensor, prompts: list[dict]) -> Tensor:
-        pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-        inputs = processor(list(pixels.permute(0, 2, 3, 1).numpy()), return_tensors="pt")
+        inputs = processor(list(to_bytes(images)), return_tensors="pt")
         patches = vision(inputs["pixel_values"].to(device)).last_hidden_state
         tokens = tokenizer(
             [prompt["prompt"] for prompt in prompts],

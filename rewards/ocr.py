@@ -7,6 +7,8 @@ import re
 import torch
 from torch import Tensor
 
+from rewards import to_bytes
+
 # Double, typographic and single quotation marks. A single one opens only after a space or at the
 # start, and closes only before a space, punctuation or the end, so that don't has none.
 QUOTED = re.compile(
@@ -56,9 +58,8 @@ def load(device: torch.device | str, model: str | None = None):
 
     def ocr(images: Tensor, prompts: list[dict]) -> list[float]:
         targets = [target_text(prompt["prompt"]) for prompt in prompts]
-        pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
         scores = []
-        for picture, target in zip(pixels.permute(0, 2, 3, 1).numpy(), targets, strict=True):
+        for picture, target in zip(to_bytes(images), targets, strict=True):
             # All three, as the engine remembers what it was last told. It expects BGR.
             found = engine(picture[:, :, ::-1].copy(), use_det=True, use_cls=True, use_rec=True)
             scores.append(similarity(" ".join(found.txts or ()), target))

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rewards import to_bytes
+
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -27,9 +29,8 @@ def load(device: torch.device | str, model: str | None = None):
 
     @torch.no_grad()
     def pickscore(images: Tensor, prompts: list[dict]) -> Tensor:
-        pixels = (images * 255).round().clamp(0, 255).to("cpu", torch.uint8)
         inputs = processor(
-            images=list(pixels.permute(0, 2, 3, 1).numpy()),
+            images=list(to_bytes(images)),
             text=[prompt["prompt"] for prompt in prompts],
             padding="max_length",
             truncation=True,
