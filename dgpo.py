@@ -5,9 +5,9 @@ paper's order, under the lines that derive it.
 
 Conventions. Tensors are (P, G, ...) = prompts x group members x data axes. Time t runs over [0, 1],
 where 1 is pure noise: the paper's U[t_min, T] is U[t_min, 1]. The schedule is rectified flow's,
-alpha_t = 1 - t and sigma_t = t, and a network predicts the velocity v* = dx_t/dt = eps - x0. The
-paper's f, the prediction of x0, is then f = x_t - t v. `theta` is the model in training, `ref` the
-model it started from, `old` (the paper's theta^-) the one whose samples it learns from.
+alpha_t = 1 - t and sigma_t = t, and a network predicts the velocity v* = dx_t/dt = eps - x0, so
+that the paper's f, the prediction of x0, is f = x_t - t v. theta is the model in training, the
+reference the model it started from, and theta_old (the paper's theta^-) draws what it learns from.
 """
 
 from __future__ import annotations
@@ -63,31 +63,34 @@ def group_gap(values: Tensor, w: Tensor, positive: Tensor) -> Tensor:
 # Section 3.2: weights that balance. Advantages sum to zero over a group, so what is above zero
 # weighs as much as what is below: w = |A| has sum_{G+} w = sum_{G-} w, and a sample counts the more
 # the further it is from average. Dividing by a std keeps the balance; clipping A would break it.
-def group_advantages(rewards: Tensor, std: str = "group", eps: float = 0.0) -> Tensor:
+def group_advantages(
+    rewards: Tensor, std: str = "group", eps: float = 0.0, clamp: float | None = None
+) -> Tensor:
     """Eq. 12: A_i = (r_i - mean_j r_j) / (std_j r_j + eps). (P, G), G >= 2 -> (P, G).
 
     The mean is the group's. The std is the population's (divisor G, so that |A_i| <= sqrt(G - 1)),
-    of the group, or with std="batch" of all P * G rewards, which the released trainer uses for OCR
-    and PickScore. A group of equal rewards has no preference and gets exact zeros. eps (there 1e-4)
-    keeps a group from being torn apart over differences that are mere rounding.
-    Raises ValueError on another shape or std, on eps < 0, and on a reward that is not finite.
+    of the group, or with std="batch" of all P * G rewards, as in the released trainer for OCR and
+    PickScore. eps (there 1e-4) keeps a group from being torn apart over mere rounding. clamp (there
+    5) limits |A_i|, as a batch's std lets one bad sample of 128 have A = -11; the group is then
+    centred again, so that its weights balance. A group of equal rewards gets exact zeros.
+    Raises ValueError on another shape or std, and on a reward that is not finite.
     """
-    _require(rewards.ndim == 2, f"rewards must be (P, G), got {tuple(rewards.shape)}")
-    _require(rewards.shape[1] >= 2, f"rewards (P, G) must have G >= 2, got {tuple(rewards.shape)}")
+    shape = tuple(rewards.shape)
+    _require(len(shape) == 2 and shape[1] >= 2, f"rewards must be (P, G) with G >= 2, got {shape}")
     _require(std in ("group", "batch"), f"std must be 'group' or 'batch', got {std!r}")
-    _require(eps >= 0, f"eps must be at least 0, got {eps}")
-    bad = (~torch.isfinite(rewards)).nonzero().tolist()
-    if bad:
-        p, g = bad[0]
+    for p, g in (~torch.isfinite(rewards)).nonzero().tolist()[:1]:
         raise ValueError(f"rewards must be finite, got {rewards[p, g]} at prompt {p}, sample {g}")
 
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    dim = 1 if std == "group" else (0, 1)
-    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
     centred = rewards - rewards.mean(1, keepdim=True)
     centred = centred - centred.mean(1, keepdim=True)  # the rounding of a mean far from zero
-    spread = (centred if std == "group" else rewards).std(dim, keepdim=True, correction=0)
-    return (centred / (spread + eps)).masked_fill(equal, 0)
+    same, dim = (centred, 1) if std == "group" else (rewards, (0, 1))
+    advantages = centred / (same.std(dim, keepdim=True, correction=0) + eps)
+    if clamp is not None:
+        advantages = advantages.clamp(-clamp, clamp)
+        advantages = advantages - advantages.mean(1, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return advantages.masked_fill(equal, 0)
 
 
 def partition(advantages: Tensor) -> Tensor:
@@ -109,28 +112,25 @@ def weights(advantages: Tensor) -> Tensor:
 # Eq. 18). Moving them outside gives an upper bound of the loss (Eq. 16), and that is what one
 # random t and one x_t for each sample estimate without bias.
 def sample_timesteps(
-    shape: tuple[int, ...],
-    t_min: float = 0.0,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    shape: tuple[int, ...], t_min: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """t ~ U[t_min, 1], Algorithm 1, line 11.
+    """t ~ U[t_min, 1], Algorithm 1, line 11, on the generator's device.
 
     t_min > 0 is the Timestep Clip Strategy of Section 3.2. A rollout of few steps has artefacts
     such as blur in its fine detail, and detail is what the model learns at low noise.
     Raises ValueError unless 0 <= t_min < 1.
     """
     _require(0 <= t_min < 1, f"t_min must be in [0, 1), got {t_min}")
+    device = None if generator is None else generator.device
     return t_min + (1 - t_min) * torch.rand(shape, generator=generator, device=device)
 
 
 # Shared noise. Below Eq. 16, the paper shares eps in a group "to reduce the variance". Let C_ij be
 # the covariance of grad L_i and grad L_j under one eps. Then sum_i A_i grad L_i, which is a group's
-# gradient but for a factor (see Eq. 17), has the variance sum_ij A_i A_j C_ij; with an eps each,
-# only the terms i = j remain. What all C_ij have in common cancels, since sum_j A_j = 0: sharing
-# helps a pair (G = 2), or where advantages do not follow position. Where samples that are alike
-# (large C_ij) have like advantages, it hurts: in the toy at G = 24 the variance doubles to
-# quintuples (tests/test_dgpo.py measures all three).
+# gradient but for a factor, has the variance sum_ij A_i A_j C_ij; with an eps each, only i = j
+# remains. What all C_ij have in common cancels, since sum_j A_j = 0: sharing helps a pair, or where
+# advantages do not follow position. Where samples that are alike (large C_ij) have like advantages,
+# it hurts: in the toy at G = 24 the variance doubles to quintuples (tests/test_dgpo.py).
 def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
 
@@ -171,27 +171,29 @@ def dsm_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 
     velocity, x0: (P, G, ...). eps: (P, 1, ...) or (P, G, ...). The paper has ||f - x0||^2, and that
     is t^2 ||v - (eps - x0)||^2, as f - x0 = x_t - t v - x0 = t (eps - x0 - v). All released code
-    takes the velocity's error as it is: lambda_t ~ 1/t^2. ValueError on shapes that do not match.
+    takes the mean square error of the velocity as it is, so that beta absorbs t^2 and the number of
+    data elements, too. Raises ValueError on shapes that do not match.
     """
     return _mean_square(velocity, eps - x0)
 
 
 # Eq. 17: the loss, and its gradient in one line.
-# With r_theta = -beta (L_theta - L_ref) in Eq. 8 and 9, what counts is by how much more than the
+# With r_theta = beta (L_ref - L_theta) in Eq. 8 and 9, what counts is by how much more than the
 # reference a model denoises the good samples better than the bad. |A| over G+ minus |A| over G- is
-# A with its sign: a group's loss is -log sigmoid(-beta S) with S = sum_i A_i (L_i - L_i^ref), and
-#     grad L_DGPO = beta sigmoid(beta S) sum_i A_i grad L_i.
+# A with its sign. So a group's loss is -log sigmoid(beta gap), gap = sum_i A_i (L_i^ref - L_i), and
+#     grad L_DGPO = beta sigmoid(-beta gap) sum_i A_i grad L_i.
 # That is the whole method: denoise good samples, un-denoise bad ones, each by its advantage; and
-# the better the two are told apart (S << 0), the smaller the gate sigmoid(beta S). Note that G+ is
-# taken to win with certainty. So p* of Eq. 5 is no fixed point: like DPO, DGPO widens the gap until
-# the gate closes, sooner for a larger beta.
+# the wider the gap between the two, the smaller the gate sigmoid(-beta gap). Note that G+ is taken
+# to win with certainty. So p* of Eq. 5 is no fixed point: like DPO, DGPO widens the gap until the
+# gate closes, sooner for a larger beta.
 def preference_gap(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor) -> Tensor:
-    """S of Eq. 17, (P, G) -> (P,): below 0 where theta tells G+ from G- better than ref does.
+    """The gap of Eq. 17, R(G+) - R(G-) over beta, (P, G) -> (P,): 0 at the reference.
 
-    Raises ValueError unless all three have one shape (P, G).
+    It grows as theta tells G+ from G- better than the reference does. The argument of Eq. 17's
+    bracket is its negative. Raises ValueError unless all three have one shape (P, G).
     """
     _require_groups(loss_theta=loss_theta, loss_ref=loss_ref, advantages=advantages)
-    return group_gap(loss_theta - loss_ref, weights(advantages), partition(advantages))
+    return group_gap(loss_ref - loss_theta, weights(advantages), partition(advantages))
 
 
 def _beta_tensor(beta: Real, like: Tensor) -> Tensor:
@@ -203,26 +205,33 @@ def _beta_tensor(beta: Real, like: Tensor) -> Tensor:
 
 
 def dgpo_loss(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Real) -> Tensor:
-    """Eq. 17 as printed: -log sigmoid(-beta S), the mean over P. Returns a scalar.
+    """Eq. 17 as printed: -log sigmoid(beta gap), the mean over P. Returns a scalar.
 
-    loss_theta, loss_ref: (P, G) of `dsm_loss`. advantages: (P, G). beta > 0 has absorbed lambda_t
+    loss_theta, loss_ref: (P, G) from `dsm_loss`. advantages: (P, G). beta > 0 has absorbed lambda_t
     and T: a float, or (P,), one for each group's t. Raises ValueError on other shapes or beta.
     """
     gap = preference_gap(loss_theta, loss_ref, advantages)
-    return -F.logsigmoid(-_beta_tensor(beta, gap) * gap).mean()
+    return -F.logsigmoid(_beta_tensor(beta, gap) * gap).mean()
 
 
-def group_gate(gap: Tensor, beta: Real) -> Tensor:
-    """sigmoid(beta S), detached: the gate in the gradient of Eq. 17. gap: S (P,). beta as above."""
-    return torch.sigmoid(beta * gap.detach())
+def group_gradient(
+    loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Real
+) -> tuple[Tensor, Tensor]:
+    """k (P, G) and the gate (P,), detached: a group's gradient is beta sum_i k_i grad L_i.
+
+    k_i = sigmoid(-beta gap) A_i, the one line above. Arguments and errors as in `dgpo_loss`.
+    """
+    gap = preference_gap(loss_theta, loss_ref, advantages).detach()
+    gate = torch.sigmoid(-_beta_tensor(beta, gap) * gap)
+    return gate[:, None] * advantages, gate
 
 
-# What the released trainer (github.com/Luo-Yihong/DGPO) adds to the paper. All of it is optional.
+# What the released trainer (github.com/Luo-Yihong/DGPO) adds to the paper, both optional.
 def clip_mask(loss_theta: Tensor, loss_old: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """PPO's clip for a model without a likelihood: True (P, G) where the gradient is dropped.
 
-    exp(L_old - L_theta) stands for p_theta / p_old. A good sample (A > 0) is dropped once the
-    ratio exceeds 1 + clip, a bad one once it is under 1 - clip: it has then moved far enough.
+    exp(L_old - L_theta) stands for p_theta / p_old. A good sample (A > 0) is dropped once the ratio
+    exceeds 1 + clip, a bad one once it is under 1 - clip: it has then moved far enough.
     Raises ValueError unless the first three have one shape (P, G) and clip >= 0.
     """
     _require_groups(loss_theta=loss_theta, loss_old=loss_old, advantages=advantages)
@@ -241,7 +250,7 @@ def kl_penalty(velocity: Tensor, velocity_ref: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ema_update(ema_params: Iterable[Tensor], params: Iterable[Tensor], decay: float) -> None:
-    """theta^- <- mu theta^- + (1 - mu) theta in place, mu = decay. Algorithm 1, line 15.
+    """theta_old <- mu theta_old + (1 - mu) theta in place, mu = decay. Algorithm 1, line 15.
 
     Raises ValueError unless 0 <= decay <= 1, and when there are not as many of one as of the other.
     """
@@ -251,47 +260,45 @@ def ema_update(ema_params: Iterable[Tensor], params: Iterable[Tensor], decay: fl
 
 
 # Section 3.2, "Efficient Sampling and Learning": no policy gradient, hence no likelihood of a
-# trajectory, hence no noise in it. Samples come from an ODE solver.
+# trajectory, hence no noise in it. Samples come from an ODE solver: DPM-Solver++, which the paper
+# cites and the released trainer uses.
 @torch.no_grad()
-def sample_ode(
-    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, solver: str = "dpm++"
-) -> Tensor:
+def sample_ode(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at t = 1 to x0 at t = 0, in equal steps of t.
 
-    velocity: (x, t ()) -> v. x, v and noise have one shape, whichever. solver: "euler" (order 1),
-    "heun" (order 2, two evaluations a step) or "dpm++", the paper's (DPM-Solver++(2M) of Lu et al.
-    2022b, order 2, one evaluation a step). Raises ValueError on another solver or steps < 1.
+    velocity: (x, t ()) -> v, all of noise's shape. DPM-Solver++(2M) of Lu et al. 2022b, of order 2
+    with one evaluation a step. Raises ValueError on steps < 1.
     """
     _require(steps >= 1, f"steps must be at least 1, got {steps}")
-    solvers = ("euler", "heun", "dpm++")
-    _require(solver in solvers, f"solver must be one of {', '.join(solvers)}, got {solver!r}")
     dtype = torch.promote_types(noise.dtype, torch.float32)
     times = torch.linspace(1, 0, steps + 1, dtype=dtype, device=noise.device)
     log_snr = ((1 - times) / times).log()  # lambda = log(alpha_t / sigma_t), from -inf to inf
     x, f_before = noise, None
-    for i in range(steps):
-        t, s = times[i], times[i + 1]
-        v = velocity(x, t)
-        if solver == "euler":
-            x = x + (s - t) * v
-        elif solver == "heun":
-            x = x + (s - t) * (v + velocity(x + (s - t) * v, s)) / 2
-        else:
-            # x_s = (s/t) x_t + (1 - s/t) f is exact for a constant f. Order 2 takes f from half-way
-            # in lambda, by a line through the last two; the last step's lambda has no half-way.
-            f = f_half = x - t * v
-            if 0 < i < steps - 1:
-                ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
-                f_half = f + ratio / 2 * (f - f_before)
-            x, f_before = s / t * x + (1 - s / t) * f_half, f
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        # x_s = (s/t) x_t + (1 - s/t) f is exact for a constant f. Order 2 takes f from half-way in
+        # lambda, by a line through the last two; the last step's lambda has no half-way.
+        f = f_half = x - t * velocity(x, t)
+        if 0 < i < steps - 1:
+            ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
+            f_half = f + ratio / 2 * (f - f_before)
+        x, f_before = s / t * x + (1 - s / t) * f_half, f
     return x
 
 
 # Eq. 17 for a group that does not fit in memory.
-# The sigmoid couples a group: no sample's gradient is known before S, a sum over all of them. But
-# the gradient needs S only in the gate, which is a number. So first S, by forwards that keep no
-# graph; then sum_i k_i grad L_i with the known k_i = beta sigmoid(beta S) A_i / P. That is a plain
-# sum over samples, taken one micro-batch at a time, and it is the gradient of Eq. 17 exactly.
+# The sigmoid couples a group: no sample's gradient is known before the gap, a sum over all of them.
+# But the gradient needs the gap only in the gate, which is a number. So first the gap, by forwards
+# that keep no graph; then sum_i k_i grad L_i with the known k_i of `group_gradient`, which is a
+# plain sum over samples, taken a micro-batch at a time, and the gradient of Eq. 17 exactly.
+#
+# Published betas (10, 100, 2000) take the gap as a mean over the group and divide the loss by beta.
+# That is Eq. 17 at beta / G, divided by beta, and its gradient is the group's mean of k_i grad L_i:
+# beta shapes the gate alone, and neither beta nor G sets the size of a step.
+#
+# A bound, beyond the paper: a bad sample's A_i L_i is a concave parabola in v, so un-denoising it
+# lowers the loss without end. With bound |A_i| ||v - v_old||^2 added and bound = 2 it becomes
+# |A_i| ||v - (2 v_old - v*)||^2 and a constant: the sample is denoised towards the mirror image of
+# its target at theta_old. At theta = theta_old the gradient is DGPO's own.
 def backward_group_loss(
     velocity: Velocity,
     velocity_ref: Velocity,
@@ -301,74 +308,87 @@ def backward_group_loss(
     advantages: Tensor,
     beta: Real,
     *,
-    scale: float = 1.0,
+    share: float = 1.0,
     kl: float = 0.0,
+    velocity_kl: Velocity | None = None,
     clip: float | None = None,
+    bound: float = 0.0,
     velocity_old: Velocity | None = None,
     micro_batch: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of scale * dgpo_loss + kl * mean of kl_penalty to theta's .grad.
+    """Add the gradient of share * (dgpo_loss / beta + kl * mean of kl_penalty) to theta's .grad.
 
-    velocity, velocity_ref, velocity_old: theta, ref and old, without dropout: equal input must give
-    equal v. x0, eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows.
-    advantages, beta: as in `dgpo_loss`.
-    scale: 1/beta leaves beta to shape the gate and not the step, as the released trainer does.
-    clip: drop what `clip_mask` says, against velocity_old; the gate still sees the whole group.
-    micro_batch: most samples to a forward and backward, by default all. The result does not depend
-    on it; below G it costs another forward of theta.
-    Returns, detached: loss () of Eq. 17, gap S and gate (P,), kl () and clipped (), a share.
-    Raises ValueError on shapes that do not match and values out of range.
+    velocity, velocity_ref, velocity_old: theta, the reference and theta_old, without dropout: equal
+    input must give equal v. x0, eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows.
+    advantages: (P, G). beta: published units, a float or (P,). share: of these groups in the step.
+    velocity_kl: what the KL compares with, by default velocity_ref. clip, bound: see `clip_mask`
+    and above, both against velocity_old. A network that is given twice is asked once, and without
+    any preference (A = 0) only what the KL needs is asked. micro_batch: most samples to a forward
+    and backward, by default all; the result is the same, for another forward of theta.
+    Returns, detached: loss (), Eq. 17 at beta / G; and (P,) each the gap as a mean over the group,
+    the gate, kl, and clipped, a share. Raises ValueError on shapes and values that cannot be.
     """
-    _require(advantages.ndim == 2, f"advantages must be (P, G), got {tuple(advantages.shape)}")
     P, G = advantages.shape
-    _require(x0.shape[:2] == (P, G), f"x0 must start with (P, G) = {(P, G)}, got {tuple(x0.shape)}")
-    _require(kl >= 0, f"kl must be at least 0, got {kl}")
-    _require((clip is None) == (velocity_old is None), "clip and velocity_old need each other")
-    micro_batch = P * G if micro_batch is None else micro_batch
-    _require(micro_batch >= 1, f"micro_batch must be at least 1, got {micro_batch}")
-    beta = _beta_tensor(beta, advantages).expand(P)
+    _require(min(kl, bound) >= 0, f"kl and bound must be at least 0, got {kl} and {bound}")
+    lags = clip is not None or bound > 0
+    _require(velocity_old is not None or not lags, "clip and bound need velocity_old")
+    beta, velocity_kl = _beta_tensor(beta, advantages) / G, velocity_kl or velocity_ref
     x_t = diffuse(x0, eps, t).flatten(0, 1)  # (P * G, ...), one sample after another
     x0, eps = x0.flatten(0, 1), eps.expand_as(x0).flatten(0, 1)
-    t = t.expand(P, G).flatten()
-    prompt = torch.arange(P, device=x0.device).repeat_interleave(G)
+    t, prompt = t.expand(P, G).flatten(), torch.arange(P, device=x0.device).repeat_interleave(G)
+    micro_batch = P * G if micro_batch is None else micro_batch
+    parts = [slice(i, i + micro_batch) for i in range(0, P * G, micro_batch)]
+    whole = len(parts) == 1  # then the graph of theta's first forward serves the backward
 
-    def evaluate(model: Velocity, rows: slice) -> tuple[Tensor, Tensor]:
-        v = model(x_t[rows], t[rows], prompt[rows])
-        return v, dsm_loss(v[None], x0[None, rows], eps[None, rows])[0]
+    def ask(network: Velocity, *parts: slice) -> Tensor:
+        return torch.cat([network(x_t[part], t[part], prompt[part]) for part in parts])
 
-    def by_group(evaluated: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return torch.cat([loss.detach() for _, loss in evaluated]).view(-1, G)
+    def losses(v: Tensor, part: slice = slice(None)) -> Tensor:
+        return dsm_loss(v[None], x0[None, part], eps[None, part])[0]
 
-    metrics = {name: [] for name in ("gap", "gate", "kl", "clipped")}
-    block = max(1, micro_batch // G)  # as many groups as fit whole, or one that does not fit
-    for p in range(0, P, block):
-        A, b, end = advantages[p : p + block], beta[p : p + block], min(p + block, P) * G
-        batches = [slice(i, min(i + micro_batch, end)) for i in range(p * G, end, micro_batch)]
-        whole = len(batches) == 1
-        with torch.no_grad():
-            ref = [evaluate(velocity_ref, rows) for rows in batches]
-            old = [evaluate(velocity_old, rows) for rows in batches] if velocity_old else None
-        with torch.set_grad_enabled(whole):  # a block that fits keeps its graph for the backward
-            new = [evaluate(velocity, rows) for rows in batches]
-        gap = preference_gap(by_group(new), by_group(ref), A)
-        gate = group_gate(gap, b)
-        drop = clip_mask(by_group(new), by_group(old), A, clip) if old else torch.zeros_like(A) > 0
-        k = (scale / P * (b * gate)[:, None] * A).masked_fill(drop, 0)
-        for rows, k_rows, (v, loss), (v_ref, _) in zip(
-            batches, k.flatten().split(micro_batch), new, ref, strict=True
-        ):
-            if not whole:
-                v, loss = evaluate(velocity, rows)
-            penalty = kl_penalty(v[None], v_ref[None])[0]
-            ((k_rows * loss).sum() + kl * penalty.sum() / (P * G)).backward()
-            metrics["kl"].append(penalty.detach())
-        metrics["gap"].append(gap)
-        metrics["gate"].append(gate)
-        metrics["clipped"].append(drop.float())
+    preferred = bool(advantages.any())
+    if not preferred:
+        velocity_ref = velocity_old = velocity_kl
+    with torch.no_grad():
+        asked = dict.fromkeys([velocity_ref, velocity_kl, *[velocity_old] * lags])
+        v = {network: ask(network, *parts) for network in asked}
+    with torch.set_grad_enabled(whole):
+        v_theta = ask(velocity, *parts) if whole or preferred else v[velocity_kl]
+    loss, loss_ref = (losses(u).view(P, G) for u in (v_theta.detach(), v[velocity_ref]))
+    k, gate = group_gradient(loss, loss_ref, advantages, beta)
+    dropped = torch.zeros_like(k, dtype=torch.bool)
+    if clip is not None:
+        dropped = clip_mask(loss, losses(v[velocity_old]).view(P, G), advantages, clip)
+    k, distances = k.masked_fill(dropped, 0).flatten(), []
+    for part in parts:
+        now = v_theta if whole else ask(velocity, part)
+        distance = kl_penalty(now[None], v[velocity_kl][None, part])[0]
+        objective = k[part] * losses(now, part) + kl * distance
+        if bound:
+            bad = -k[part].clamp(max=0)  # gate * |A| of a bad sample, 0 of a good one
+            objective += bound * bad * kl_penalty(now[None], v[velocity_old][None, part])[0]
+        (share / (P * G) * objective.sum()).backward()
+        distances.append(distance.detach())
+    return {
+        "loss": dgpo_loss(loss, loss_ref, advantages, beta),
+        "gap": preference_gap(loss, loss_ref, advantages) / G,
+        "gate": gate,
+        "kl": torch.cat(distances).view(P, G).mean(1),
+        "clipped": dropped.float().mean(1),
+    }
 
-    gap, gate, penalty, drop = (torch.cat(parts) for parts in metrics.values())
-    loss = -F.logsigmoid(-beta * gap).mean()
-    return {"loss": loss, "gap": gap, "gate": gate, "kl": penalty.mean(), "clipped": drop.mean()}
+
+# Beyond the paper, and off by default: train on the extremes of a group alone.
+def extremes(rewards: Tensor, m: int) -> Tensor:
+    """Which m of each group to train on, (P, m): the m/2 lowest rewards and the m/2 highest.
+
+    rewards: (P, G). Advantages are then standardised among these m, so that their weights balance.
+    m = 2 is Diffusion-DPO's pair, m = G is DGPO. Raises ValueError unless m is even and 2 to G.
+    """
+    G = rewards.shape[1]
+    _require(2 <= m <= G and m % 2 == 0, f"m must be even and from 2 to G = {G}, got {m}")
+    order = rewards.argsort(dim=1, stable=True)
+    return torch.cat([order[:, : m // 2], order[:, G - m // 2 :]], 1)
 
 
 def train(
@@ -386,23 +406,24 @@ def train(
     t_min: float,
     rollout_steps: int,
     train_timesteps: int = 1,
-    kl: float = 0.0,
-    clip: float | None = None,
     ema: float | None = None,
     offline: bool = False,
+    train_samples: int | None = None,
+    updates: int = 1,
+    **options: float | None,
 ) -> Iterator[dict[str, float]]:
     """Algorithm 1. Trains `model` in place; yields the metrics of each iteration when it is done.
 
     model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
     reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: all randomness is its.
-    beta: in the released trainer's units, where S is a mean over the group and the loss is divided
-    by beta, so that neither G nor beta sets the size of a step. kl, clip: as in
-    `backward_group_loss`. ema: the decay of theta^-, or None for theta^- = theta (then nothing is
-    ever clipped). offline: all samples come from the reference (Section 4.3).
+    beta, and as options kl, clip, bound: see `backward_group_loss`. ema: the decay of theta_old, or
+    None for theta_old = theta (then nothing is ever clipped or bounded). offline: all samples come
+    from the reference (Section 4.3). Beyond the paper: train_samples, the m of `extremes`, and
+    updates, how many optimiser steps a rollout serves, each with its own t and eps.
     """
     P, G, K = prompts, group_size, train_timesteps
     reference = copy.deepcopy(model).requires_grad_(False)  # "Require: reference model f_ref"
-    old = model if ema is None else copy.deepcopy(reference)  # theta^-
+    theta_old = model if ema is None else copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
 
     def conditioned(network: nn.Module, c: Tensor) -> Velocity:
@@ -416,29 +437,31 @@ def train(
 
     for _ in range(iterations):  # line 1
         c = sample_conditions(P, generator)  # line 3
-        x0 = rollout(reference if offline else old, c)  # line 4
+        x0 = rollout(reference if offline else theta_old, c)  # line 4
         rewards = reward(c[:, None], x0)  # line 6
+        metrics = {"reward": rewards.mean()}
+        if train_samples is not None:
+            chosen = torch.arange(P)[:, None], extremes(rewards, train_samples)
+            x0, rewards = x0[chosen], rewards[chosen]
         advantages = group_advantages(rewards)  # line 7
-        # Lines 8 to 13 for K timesteps at once: K * P groups, with one t and one eps for each.
-        t = sample_timesteps((K * P, 1), t_min, generator, generator.device)
-        eps = torch.randn(K * P, 1, *data_shape, generator=generator, device=generator.device)
-        optimizer.zero_grad()
-        metrics = backward_group_loss(
-            conditioned(model, c.repeat(K)),
-            conditioned(reference, c.repeat(K)),
-            torch.cat([x0] * K),
-            eps,
-            t,
-            advantages.repeat(K, 1),
-            beta / G,  # Eq. 17's beta, for a sum over the group
-            scale=1 / beta,
-            kl=kl,
-            clip=clip,
-            velocity_old=None if clip is None else conditioned(old, c.repeat(K)),
-        )
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()  # line 14
+        for _ in range(updates):
+            # Lines 8 to 13 for K timesteps at once: K * P groups, with one t and one eps for each.
+            t = sample_timesteps((K * P, 1), t_min, generator)
+            eps = torch.randn(K * P, 1, *data_shape, generator=generator, device=generator.device)
+            optimizer.zero_grad()
+            metrics |= backward_group_loss(
+                conditioned(model, c.repeat(K)),
+                conditioned(reference, c.repeat(K)),
+                torch.cat([x0] * K),
+                eps,
+                t,
+                advantages.repeat(K, 1),
+                beta,
+                velocity_old=conditioned(theta_old, c.repeat(K)),
+                **options,
+            )
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()  # line 14
         if ema is not None:
-            ema_update(old.parameters(), model.parameters(), ema)  # line 15
-        metrics = {"reward": rewards, "grad_norm": grad_norm, **metrics}
+            ema_update(theta_old.parameters(), model.parameters(), ema)  # line 15
         yield {name: value.mean().item() for name, value in metrics.items()}

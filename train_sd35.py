@@ -658,21 +658,24 @@ class Trainer:
             with without_lora(self.pipe.transformer):
                 return guided(*inputs)
 
-        return dgpo.backward_group_loss(
-            theta,
-            reference,
-            x0.float().expand(K, *x0.shape),
-            eps[:, None].to(self.device),
-            t.to(self.device),
-            advantages.to(self.device).expand(K, -1),
-            args.beta / args.group_size,
-            # A mean over all groups of the step, of which this is one.
-            scale=1 / args.beta / args.prompts_per_step,
-            kl=args.kl / args.prompts_per_step,
-            clip=args.clip or None,
-            velocity_old=old if args.clip else None,
-            micro_batch=args.micro_batch_size,
-        )
+        metrics = [
+            dgpo.backward_group_loss(
+                theta,
+                reference,
+                x0.float()[None],
+                eps[k, None, None].to(self.device),
+                t[k, None].to(self.device),
+                advantages[None].to(self.device),
+                args.beta,
+                share=1 / args.prompts_per_step / K,
+                kl=args.kl,
+                clip=args.clip or None,
+                velocity_old=old if args.clip else None,
+                micro_batch=args.micro_batch_size,
+            )
+            for k in range(K)
+        ]
+        return {name: torch.stack([each[name].mean() for each in metrics]) for name in metrics[0]}
 
     def reduce_gradients(self, stopped: bool) -> bool:
         """The sum over processes, in one exchange for the step, and if any has been stopped."""

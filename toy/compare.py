@@ -118,8 +118,7 @@ def backward_preferences(
             eps,
             t,
             dgpo.group_advantages(rewards),
-            setting.beta / (2 if setting.method == "Diffusion-DPO" else G),
-            scale=1 / setting.beta,
+            setting.beta,
             kl=setting.kl,
         )
 
