@@ -108,6 +108,14 @@ def parse(arguments: type, argv: list[str]) -> Any:
     return args
 
 
+def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
+    """Words "name=path" as a dictionary. Raises Fault if one has no "="."""
+    for word in words:
+        if "=" not in word:
+            raise Fault(f"argument --{flag}: must be name=path, got {word}")
+    return dict(word.split("=", 1) for word in words)
+
+
 def make_folder(name: str, flag: str = "output_dir") -> Path:
     """A folder that can be written to, made if need be. Raises Fault."""
     if not name:
