@@ -4,8 +4,8 @@ A detector finds objects, CLIP names their colours, and rules judge. A prompt is
 metadata: "tag" (one of six tasks), "include" (clauses: class, count, perhaps color, perhaps
 position: a relation and which clause it is to), perhaps "exclude" (class, count).
 
-The servers that DGPO and Flow-GRPO trained with hand the detector RGB where mmdet expects BGR, and
-Flow-GRPO's scores JPEG files of quality 75. Neither is copied: GenEval itself does neither.
+DGPO's and Flow-GRPO's code hands the detector RGB where mmdet expects BGR, and Flow-GRPO's server
+scores JPEG files of quality 75. Neither is copied, for GenEval itself does neither.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ scissors, teddy bear, hair drier, toothbrush
 CLASSES = [name.strip() for name in CLASSES.split(",")]
 COLORS = "red orange yellow green blue purple pink brown black white".split()
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's confidence
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # the confidence that a detection must exceed
 MOST = 16  # detections of a class
-DEAD_ZONE = 0.1  # of two boxes' sizes together: a smaller offset is none
+DEAD_ZONE = 0.1  # share of two boxes' sizes together: a smaller offset is none
 DIRECTION = 0.5  # least share of an offset that makes a relation
 GREY = 0.6  # #999, what surrounds an object when CLIP is asked for its colour
 
@@ -124,48 +124,40 @@ def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, 
 # The models
 
 
+def segment(network, processor, picture: np.ndarray, threshold: float) -> tuple:
+    """As `mask2former.segment`, for a network with a processor of its own."""
+    with torch.no_grad():
+        inputs = processor(images=Image.fromarray(picture), return_tensors="pt")
+        output = network(**inputs.to(network.device))
+    (result,) = processor.post_process_instance_segmentation(
+        output, threshold=threshold, target_sizes=[picture.shape[:2]], return_binary_maps=True
+    )
+    segments = result["segments_info"]
+    # Without any, transformers gives one map of -1 for the whole picture.
+    masks = result["segmentation"][: len(segments)].cpu() > 0.5
+    return [each["score"] for each in segments], [each["label_id"] for each in segments], masks
+
+
 def load_detector(device: torch.device | str, model: str) -> Callable[[Tensor, float], Objects]:
     """(image (3, H, W) in [0, 1], threshold) -> objects, by a Mask2Former from transformers.
 
-    model: what `mask2former.find` takes. mmdet's network gets pictures as in mmdet, any other one
-    as its own processor does it. Raises ValueError if it does not have COCO's 80 classes.
+    model: what `mask2former.find` takes. mmdet's network sees pictures as it does in mmdet, any
+    other one as its own processor has it. Raises ValueError if it does not have COCO's 80 classes.
     """
-    try:
-        import scipy  # noqa: F401, transformers' Mask2Former does not even load without it
-    except ImportError:
-        raise ImportError("the reward geneval needs `pip install scipy`") from None
-    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+    from transformers import AutoImageProcessor
 
-    folder = mask2former.find(model)
-    network = Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval().to(device)
+    network_class, folder = mask2former.network_class(), mask2former.find(model)
+    network = network_class.from_pretrained(folder).eval().to(device)
     if network.config.num_labels != len(CLASSES):
         raise ValueError(f"{model} has {network.config.num_labels} classes, not COCO's 80")
-    mmdet = getattr(network.config, "mmdet", False)
-    processor = None if mmdet else AutoImageProcessor.from_pretrained(folder)
-
-    @torch.no_grad()
-    def segment(picture: np.ndarray, threshold: float) -> tuple:
-        inputs = processor(images=Image.fromarray(picture), return_tensors="pt")
-        (result,) = processor.post_process_instance_segmentation(
-            network(**inputs.to(device)),
-            threshold=threshold,
-            target_sizes=[picture.shape[:2]],
-            return_binary_maps=True,
-        )
-        segments = result["segments_info"]
-        # Without any, transformers gives one map of -1 for the whole picture.
-        masks = result["segmentation"][: len(segments)].cpu() > 0.5
-        return [each["score"] for each in segments], [each["label_id"] for each in segments], masks
+    if getattr(network.config, "mmdet", False):
+        seen = partial(mask2former.segment, network)
+    else:
+        seen = partial(segment, network, AutoImageProcessor.from_pretrained(folder))
 
     def detect(image: Tensor, threshold: float) -> Objects:
-        picture = to_bytes(image[None])[0]
-        found = (
-            mask2former.segment(network, picture, threshold)
-            if mmdet
-            else segment(picture, threshold)
-        )
         objects: Objects = {}
-        for score, label, mask in zip(*found, strict=True):
+        for score, label, mask in zip(*seen(to_bytes(image[None])[0], threshold), strict=True):
             if not mask.any():
                 continue
             rows, columns = mask.nonzero().unbind(1)
@@ -228,9 +220,10 @@ def load(
 ):
     """GenEval's graded verdict, 0 to 1, or another one on the same objects and colors.
 
-    GenEval's own Mask2Former, once converted (0.2 GB), and CLIP ViT-L/14 (1.7 GB). model: other
-    ones, "detector", "detector,clip" or ",clip", by name or folder, the detector also as mmdet's
-    file (.pth). Prompts must be GenEval's metadata.
+    GenEval's own Mask2Former (0.3 GB, fetched and converted once) and CLIP ViT-L/14 (1.7 GB).
+    model: other ones, as "detector", "detector,clip" or ",clip", by name or folder, the detector
+    also as mmdet's file (.pth); "facebook/mask2former-swin-small-coco-instance" is one, whose
+    numbers are not GenEval's. Prompts must be GenEval's metadata.
     """
     detector, _, clip = (model or "").partition(",")
     detect = load_detector(device, detector or DETECTOR)

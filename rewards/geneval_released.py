@@ -9,8 +9,8 @@
 - After the check of a position a 1 is added, so that the wrong one has the grades 0 and 1.
 - What the prompt excludes plays no part.
 
-Their servers also hand the detector RGB where mmdet expects BGR, and Flow-GRPO's scores JPEG files
-of quality 75: this is not copied. Source: `evaluate_reward` in flow_grpo/gen_eval.py of
+Both also hand the detector RGB where mmdet expects BGR, and Flow-GRPO's server scores JPEG files of
+quality 75: this is not copied. Source: `evaluate_reward` in flow_grpo/gen_eval.py of
 Luo-Yihong/DGPO at 01ceb4b, the same as in reward_server/gen_eval.py of yifan123/reward-server.
 """
 

@@ -25,8 +25,8 @@ FOLDER = "https://download.openmmlab.com/mmdetection/v2.0/mask2former"
 URL = f"{FOLDER}/{KIND}/{KIND}_20220504_001756-743b7d99.pth"  # ends in its SHA-256's beginning
 LONG, SHORT = 1333, 800  # pixels: a picture is scaled to fill one side and exceed neither
 MULTIPLE, GREY = 32, 128  # its sides are padded to this multiple, in this grey
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of red, green, blue, 0 to 255
-PAIRS = 100  # of a query and a class, the likeliest: what may be a detection
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # red, green, blue, 0 to 255
+PAIRS = 100  # pairs of a query and a class, the likeliest: what may be a detection
 
 # mmdet's names and transformers' names, one rule after the other. mmdet keeps in one tensor the
 # three that are written [qkv] here.
@@ -77,6 +77,17 @@ RENAMED = [
 UNUSED = {f"{E}.swin.layernorm.weight", f"{E}.swin.layernorm.bias", "criterion.empty_weight"}
 
 
+def network_class() -> type[nn.Module]:
+    """transformers' Mask2Former. Raises ImportError where scipy is not installed."""
+    try:
+        import scipy  # noqa: F401, which transformers needs to import the class
+    except ImportError:
+        raise ImportError("GenEval's detector needs `pip install scipy`") from None
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    return Mask2FormerForUniversalSegmentation
+
+
 def renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """One of mmdet's tensors as the one, or the three, of transformers."""
     for old, new in RENAMED:
@@ -84,9 +95,8 @@ def renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if "[qkv]" in name:
         parts = zip("qkv", tensor.chunk(3), strict=True)
         return {name.replace("[qkv]", letter): part for letter, part in parts}
-    if (
-        ".downsample." in name
-    ):  # four neighbours as (channel, row, column) -> (column, row, channel)
+    if ".downsample." in name:
+        # Four neighbouring places, as (channel, row, column) -> as (column, row, channel).
         tensor = tensor.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)
     elif name.endswith(".relative_position_index"):
         tensor = tensor.flatten()
@@ -98,9 +108,9 @@ def convert(state: dict[str, Tensor], config=None) -> nn.Module:
 
     Raises ValueError unless every tensor of either side has its counterpart.
     """
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+    from transformers import Mask2FormerConfig
 
-    network = Mask2FormerForUniversalSegmentation(config or Mask2FormerConfig(num_labels=80))
+    network = network_class()(config or Mask2FormerConfig(num_labels=80))
     network.config.mmdet = True  # which tells `rewards.geneval` to use `segment` below
     places = {**dict(network.named_buffers()), **network.state_dict()}
     places = {name: place for name, place in places.items() if name not in UNUSED}
@@ -128,13 +138,15 @@ def convert_file(checkpoint: Path, folder: Path) -> None:
     Raises ValueError if the file is another network's or none, OSError if it cannot be read or the
     folder cannot be made.
     """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"there is no file {checkpoint}")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError):
+    except (UnpicklingError, RuntimeError, EOFError, OSError):
         content = None
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(f"{checkpoint} is no checkpoint of mmdet's: give the file at {URL}")
+        raise ValueError(f"{checkpoint} is no whole checkpoint of mmdet's: give the file at {URL}")
     try:
         network = convert(state)
     except ValueError as error:
@@ -150,10 +162,10 @@ def convert_file(checkpoint: Path, folder: Path) -> None:
 
 
 def find(model: str) -> str:
-    """What `from_pretrained` takes, for that, or for URL or a checkpoint's path (.pth).
+    """A name or folder for `from_pretrained`: `model`, or what its checkpoint (.pth) became.
 
-    A checkpoint is converted the first time, into the folder of its name beside it. URL's is kept
-    with torch.hub's other files.
+    A checkpoint is converted the first time, into a folder of its name beside it, which is kept.
+    URL is fetched the first time, and kept with torch.hub's other files.
     """
     if not model.endswith(".pth"):
         return model
@@ -168,9 +180,8 @@ def find(model: str) -> str:
         try:
             torch.hub.download_url_to_file(URL, str(checkpoint), hash_prefix=checkpoint.stem[-8:])
         except OSError as error:
-            raise OSError(
-                f"{URL}: {error}. Fetch it elsewhere and give its path instead"
-            ) from error
+            message = f"{URL}: {error}. Fetch it elsewhere and give its path instead"
+            raise OSError(message) from error
     convert_file(checkpoint, folder)
     return str(folder)
 

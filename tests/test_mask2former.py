@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -278,6 +279,27 @@ def test_a_checkpoint_is_converted_once_and_kept(checkpoint, monkeypatch):
     monkeypatch.setattr(mask2former, "convert_file", None)  # a second call would fail
     assert mask2former.find(str(checkpoint)) == str(folder)
     assert mask2former.find("someone/some-network") == "someone/some-network"
+
+
+def test_two_processes_may_convert_at_once(checkpoint, tmp_path, monkeypatch):
+    tiny = mask2former.convert
+
+    def slow(state):
+        """By the time that it is done, another process is, too."""
+        tiny(state).save_pretrained(tmp_path / "folder")
+        (tmp_path / "folder" / "first").touch()
+        return tiny(state)
+
+    monkeypatch.setattr(mask2former, "convert", slow)
+    mask2former.convert_file(checkpoint, tmp_path / "folder")
+    assert (tmp_path / "folder" / "first").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.pth", "folder"}
+
+
+def test_without_scipy_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ImportError, match="pip install scipy"):
+        mask2former.network_class()
 
 
 def test_the_published_file_is_fetched_by_its_hash(checkpoint, tmp_path, monkeypatch):
