@@ -179,7 +179,7 @@ def find(model: str) -> str:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL, str(checkpoint), hash_prefix=checkpoint.stem[-8:])
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             message = f"{URL}: {error}. Fetch it elsewhere and give its path instead"
             raise OSError(message) from error
     convert_file(checkpoint, folder)

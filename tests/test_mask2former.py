@@ -318,9 +318,12 @@ def test_the_published_file_is_fetched_by_its_hash(checkpoint, tmp_path, monkeyp
     assert Mask2FormerForUniversalSegmentation.from_pretrained(folder).config.mmdet
 
 
-def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_no_network_says_what_to_do(kind, tmp_path, monkeypatch):
+    """torch.hub raises RuntimeError for a file of another hash."""
+
     def fetch(url, file, hash_prefix):
-        raise OSError("no route")
+        raise kind("no route")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
