@@ -322,17 +322,14 @@ def backward_group_loss(
     _require(velocity_old is not None or not lags, "clip and bound need velocity_old")
     beta, velocity_kl = beta / G, velocity_kl or velocity_ref  # in the units of Eq. 17
     x_t = diffuse(x0, eps, t).flatten(0, 1)  # (P * G, ...), one sample after another
-    x0, eps = x0.flatten(0, 1), eps.expand_as(x0).flatten(0, 1)
+    x0, eps = x0.flatten(0, 1)[None], eps.expand_as(x0).flatten(0, 1)[None]
     t, prompt = t.expand(P, G).flatten(), torch.arange(P, device=x0.device).repeat_interleave(G)
     size = P * G if micro_batch is None else micro_batch
     parts = [slice(i, i + size) for i in range(0, P * G, size)]
     whole = len(parts) == 1  # then the graph of theta's first forward serves the backward
 
-    def ask(network: Velocity, *parts: slice) -> Tensor:
-        return torch.cat([network(x_t[part], t[part], prompt[part]) for part in parts])
-
-    def losses(v: Tensor, part: slice = slice(None)) -> Tensor:
-        return dsm_loss(v[None], x0[None, part], eps[None, part])[0]
+    def ask(network: Velocity, *parts: slice) -> Tensor:  # (1, samples, ...)
+        return torch.cat([network(x_t[part], t[part], prompt[part]) for part in parts])[None]
 
     preferred = bool(advantages.any())
     if not preferred:
@@ -342,26 +339,28 @@ def backward_group_loss(
         v = {network: ask(network, *parts) for network in asked}
     with torch.set_grad_enabled(whole):
         v_theta = ask(velocity, *parts) if whole or preferred else v[velocity_kl]
-    loss, loss_ref = (losses(u).view(P, G) for u in (v_theta.detach(), v[velocity_ref]))
+    loss = dsm_loss(v_theta.detach(), x0, eps).view(P, G)
+    loss_ref = dsm_loss(v[velocity_ref], x0, eps).view(P, G)
     k, gate = group_gradient(loss, loss_ref, advantages, beta)
     dropped = torch.zeros_like(k, dtype=torch.bool)
     if clip is not None:
-        dropped = clip_mask(loss, losses(v[velocity_old]).view(P, G), advantages, clip)
-    k, distances = k.masked_fill(dropped, 0).flatten(), []
+        loss_old = dsm_loss(v[velocity_old], x0, eps).view(P, G)
+        dropped = clip_mask(loss, loss_old, advantages, clip)
+    k, distances = k.masked_fill(dropped, 0).view(1, P * G), []
     for part in parts:
         now = v_theta if whole else ask(velocity, part)
-        distance = mean_square(now[None], v[velocity_kl][None, part])[0]
-        objective = k[part] * losses(now, part) + kl * distance
+        distance = mean_square(now, v[velocity_kl][:, part])
+        objective = k[:, part] * dsm_loss(now, x0[:, part], eps[:, part]) + kl * distance
         if bound:
-            bad = -k[part].clamp(max=0)  # gate * |A| of a bad sample, 0 of a good one
-            objective += bound * bad * mean_square(now[None], v[velocity_old][None, part])[0]
+            bad = -k[:, part].clamp(max=0)  # gate * |A| of a bad sample, 0 of a good one
+            objective += bound * bad * mean_square(now, v[velocity_old][:, part])
         (share / (P * G) * objective.sum()).backward()
         distances.append(distance.detach())
     return {
         "loss": dgpo_loss(loss, loss_ref, advantages, beta),
         "gap": preference_gap(loss, loss_ref, advantages) / G,
         "gate": gate,
-        "kl": torch.cat(distances).view(P, G).mean(1),
+        "kl": torch.cat(distances, 1).view(P, G).mean(1),
         "clipped": dropped.float().mean(1),
     }
 
