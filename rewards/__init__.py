@@ -76,6 +76,8 @@ def parse(spec: str) -> tuple[str, float]:
             weight = math.nan
         if not math.isfinite(weight):
             raise RewardError(f"{spec!r}: the weight must be a number, got {number!r}")
+        if weight == 0:
+            raise RewardError(f"{spec!r}: a weight of 0 trains nothing; --eval_reward watches it")
     place, colon, function = name.rpartition(":")
     if colon:
         with fence(repr(name)):
@@ -105,16 +107,19 @@ def look_for(place: str, function: str) -> None:
         raise RewardError(f"{place} defines no function {function}")
 
 
-def load(name: str, device: torch.device | str, model: str | None = None) -> Reward:
+def load(
+    name: str, device: torch.device | str, model: str | None = None, fetch: bool = True
+) -> Reward:
     """The reward of a name that `parse` has passed, with its weights on `device`.
 
-    Raises RewardError, whatever goes wrong. What it says of the file, the weights or the server
-    stands alone.
+    model: the reward's other weights, file or address, as its own `load` takes them. Without
+    `fetch`, weights that are not on this machine are not fetched. Raises RewardError, whatever goes
+    wrong.
     """
     place, colon, function = name.rpartition(":")
     with fence(f"cannot load the reward {name}", place):
         if not colon:
-            return load_named(name, device, model)
+            return load_named(name, device, model, fetch)
         module = run(place) if place.endswith(".py") else importlib.import_module(place)
         reward = getattr(module, function, None)
         if not callable(reward):
@@ -129,7 +134,7 @@ def load(name: str, device: torch.device | str, model: str | None = None) -> Rew
     return reward
 
 
-def load_named(name: str, device: torch.device | str, model: str | None) -> Reward:
+def load_named(name: str, device: torch.device | str, model: str | None, fetch: bool) -> Reward:
     """The reward of a file in this folder, its weights from this machine if they are here.
 
     Only if they are not is the hub asked, and first by one short request: without a network, the
@@ -147,9 +152,11 @@ def load_named(name: str, device: torch.device | str, model: str | None) -> Rewa
         missing = said(error)
     finally:
         constants.HF_HUB_OFFLINE = offline
-    if not offline and hub_answers():
+    if fetch and not offline and hub_answers():
         return loader.load(device, model)
-    why = missing if model else "its weights are not on this machine"
+    why = missing if model else "not all that it needs is on this machine"
+    if not fetch:
+        raise RewardError(why)
     if offline:
         raise RewardError(f"{why}; unset HF_HUB_OFFLINE, or give them by --reward_model {name}=...")
     raise RewardError(
@@ -204,9 +211,9 @@ def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Ten
     and is called without gradients. Raises RewardError when it raises, or does not return a real
     number for each image.
     """
-    about = f"images of prompt {prompts[0]['prompt'][:LONGEST]!r}"
+    about = f"of prompt {prompts[0]['prompt'][:LONGEST]!r}"
     place = name.rpartition(":")[0]
-    with fence(f"reward {name} failed on {about}", place), torch.no_grad():
+    with fence(f"reward {name} failed on images {about}", place), torch.no_grad():
         result = reward(images.clone(), [copy.deepcopy(prompt) for prompt in prompts])
     try:
         scores = torch.as_tensor(result)
@@ -216,7 +223,7 @@ def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Ten
         kind = f"complex {kind}" if scores.is_complex() else kind
     except Exception:
         kind = f"a {type(result).__name__} that holds no numbers"
-    raise RewardError(f"reward {name} must return {len(images)} scores, got {kind}, on {about}")
+    raise RewardError(f"reward {name} must return {len(images)} scores, got {kind}, {about}")
 
 
 @contextmanager

@@ -231,7 +231,6 @@ def load(device: torch.device | str, model: str | None = None):
     except ImportError:
         raise RewardError("it needs `pip install sentencepiece`") from None
     from huggingface_hub import snapshot_download
-    from transformers import CLIPImageProcessor
 
     name = model or MODEL
     patterns = ["*.json", "tokenizer.model", "*.safetensors", "pytorch_model*.bin"]
@@ -239,7 +238,10 @@ def load(device: torch.device | str, model: str | None = None):
     for needed in ("config.json", "preprocessor_config.json", "tokenizer.model"):
         if not (folder / needed).is_file():
             raise RewardError(f"{folder} has no {needed}")
-    config = json.loads((folder / "config.json").read_text())
+    # Imported here, because the import warns where torchvision is missing.
+    from transformers import CLIPImageProcessor
+
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     processor = CLIPImageProcessor.from_pretrained(folder)
     # SentencePiece itself, not transformers' tokenizer, which asks whether to run the code of
     # config.json's auto_map; the tests compare their tokens.

@@ -106,6 +106,7 @@ def test_a_file_that_cannot_have_the_reward_is_refused_unrun(source, own):
     [
         ("magic", "no reward 'magic': give aesthetic, "),
         ("pickscore=", "the weight must be a number, got ''"),
+        ("pickscore=0", "'pickscore=0': a weight of 0 trains nothing; --eval_reward watches it"),
         ("pickscore=nan", "the weight must be a number, got 'nan'"),
         ("nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py"),
         ("x" * 5000 + ".py:f", "OSError: .* File name too long"),
@@ -276,7 +277,7 @@ FAILING = [
     (lambda images, prompts: prompts[0].lower(), "'dict' object has no attribute 'lower'"),
     (
         lambda images, prompts: [1.0],
-        r"must return 3 scores, got \(1,\), on images of prompt 'a red",
+        r"must return 3 scores, got \(1,\), of prompt 'a red",
     ),
     (lambda images, prompts: [[1.0]] * 3, r"must return 3 scores, got \(3, 1\)"),
     (lambda images, prompts: torch.ones(3) * 1j, r"must return 3 scores, got complex \(3,\)"),
@@ -383,8 +384,10 @@ def test_the_hub_is_asked_for_what_is_not_here(hub, monkeypatch):
     assert rewards.load("compressibility", "cpu") is len
     assert hub == ["/"] and tried == [True, True, False] and not constants.HF_HUB_OFFLINE
 
+    with pytest.raises(rewards.RewardError, match="not all that it needs is on this machine$"):
+        rewards.load("compressibility", "cpu", fetch=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    line = "its weights are not on this machine; unset HF_HUB_OFFLINE, or .* --reward_model comp"
+    line = "not all that it needs .*; unset HF_HUB_OFFLINE, or .* --reward_model compressibility="
     with pytest.raises(rewards.RewardError, match=line):
         rewards.load("compressibility", "cpu")
     assert hub == ["/"] and constants.HF_HUB_OFFLINE
@@ -598,3 +601,29 @@ def test_imagereward_of_another_file_is_refused(imagereward_files, tmp_path):
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(rewards.RewardError, match="crossattention.self.key.bias"):
         rewards.load("imagereward", "cpu", f"{words},{tmp_path / 'other.pt'}")
+
+
+def test_a_head_is_not_fetched_while_the_hub_is_off(monkeypatch, tmp_path):
+    """torch's own cache heeds no HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    from rewards import aesthetic
+
+    url, fetched = "https://nowhere.invalid/a%2Bb.pth", []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: fetched.append(a))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="a%2Bb.pth is not in"):
+        aesthetic.read_head(url)
+    assert not fetched
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "a%2Bb.pth").touch()
+    aesthetic.read_head(url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    aesthetic.read_head("https://nowhere.invalid/other.pth")
+    assert fetched == [(url,), ("https://nowhere.invalid/other.pth",)]
+
+
+def test_other_weights_of_aesthetic_are_two_things():
+    with pytest.raises(rewards.RewardError, match="weights are given as clip,head.pth, got 'clip'"):
+        rewards.load("aesthetic", "cpu", "clip")
