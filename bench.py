@@ -452,11 +452,11 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
         guided = model.velocity(TEXT, args.reference_guidance_scale)
         times = torch.full((len(x0),), t, device=x0.device)
         asked = ((1 - t) * x0 + t * eps, times, times)
-        with torch.no_grad(), model.theta_old() if args.ema_reference else model.reference():
-            v_ref = guided(*asked)
+        with torch.no_grad(), model.reference():
+            v_frozen = guided(*asked)
         with torch.no_grad(), model.theta_old():
             v_old = theta(*asked)
-        v = theta(*asked)
+        v, v_ref = theta(*asked), v_old if args.ema_reference else v_frozen
         loss, loss_ref, loss_old = (
             (u - (eps - x0)).square().mean((1, 2, 3)) for u in (v, v_ref, v_old)
         )
@@ -465,7 +465,7 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
         seen = torch.where(far & bool(args.clip), loss.detach(), loss)
         S = (advantages * (seen - loss_ref)).mean()
         eq17 = -F.logsigmoid(-args.beta * S) / args.beta
-        penalty = (v - v_ref).square().mean()
+        penalty = (v - v_frozen).square().mean()
         total = (eq17 + args.kl * penalty) / K / args.prompts_per_step
         total.backward()
         _ = [number.item() for number in (total, S, penalty, ratio.mean())]

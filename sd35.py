@@ -79,9 +79,13 @@ def make_scheduler(sampler: str, shift: float) -> Any:
 
 
 def rollout_times(scheduler: Any, steps: int) -> Tensor:
-    """The times (steps,) at which a rollout asks the model, in [0, 1], noisiest first."""
+    """The times (steps,) at which a rollout asks the model, in [0, 1], noisiest first.
+
+    They are what the scheduler gives to the model, in thousandths, as in the released trainer. Its
+    sigmas are a little larger with DPM-Solver++, which rounds times down.
+    """
     scheduler.set_timesteps(steps)
-    return scheduler.sigmas[:-1].float()
+    return scheduler.timesteps.float() / 1000
 
 
 def add_lora(

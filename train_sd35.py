@@ -36,38 +36,44 @@ import yaml
 import cli
 from cli import Fault, Stopped, first_line, option, replace_file
 
-# The settings of the authors' released trainer (github.com/Luo-Yihong/DGPO). t_min leaves the
-# noisiest 7 of the 10 default steps, or for GenEval 5. One thing is left out: advantages are not
-# clipped at +-5, as that would unbalance the weights, and Z(c) would no longer cancel.
-RELEASED = {
-    "group_size": 16,
-    "prompts_per_step": 8,
-    "beta": 100.0,
-    "kl": 0.02,
-    "clip": 1e-2,
-    "std": "batch",
-    "t_min": 0.6,
-    "guidance_scale": 4.5,
-    "reference_guidance_scale": 1.0,
-    "old_after": 200,
-    "ema_reference": False,
+# The settings of the authors' released trainer, github.com/Luo-Yihong/DGPO at commit 01ceb4b, read
+# by running its config/*.py. What depends on the task comes from the reward, what depends on
+# guidance from the recipe, which wins. Its seven configurations are seven of these nine
+# combinations; PickScore without guidance is not among them. Two things differ from the files:
+# theirs clamps advantages at 5, too, but does not centre them again; and cfg_free_ema, see there.
+RELEASED = {  # config/dgpo.py, general_ocr_sd3_4gpu
+    "prompts_per_step": 8,  # num_groups, "set to be 24 for better performance"
+    "group_size": 16,  # sample.num_image_per_prompt, "set to be 24 for better performance"
+    "beta": 100.0,  # train.beta_dpo
+    "kl": 0.02,  # train.beta
+    "clip": 1e-2,  # clip_range
+    "std": "batch",  # sample.global_std
+    "t_min": 0.6,  # trunc_steps = 6: the noisiest 7 of the rollout's 10 times
+    "old_after": 200,  # switch_ema_ref
+    "guidance_scale": 4.5,  # sample.guidance_scale
+    "reference_guidance_scale": 1.0,  # kl_cfg
+    "ema_reference": False,  # use_ema_ref
+    "ema_updates": 2,  # sample.num_batches_per_epoch, as scripts/train_sd3_dgpo.py:1215 has it
+    "eval_inference_steps": 14,  # sample.eval_num_steps
 }
+TASKS: dict[str, dict[str, Any]] = {
+    # geneval_sd3_4gpu; trunc_steps = 4: the noisiest 5 of 10
+    "geneval": {"std": "group", "t_min": 0.8, "old_after": 500},
+    "ocr": {},
+    # pickscore_sd3_4gpu; the clip is the file's own default
+    "pickscore": {"group_size": 24, "beta": 10.0, "kl": 0.001, "clip": 5e-2, "ema_updates": 4},
+}
+WITHOUT_GUIDANCE = {"guidance_scale": 1.0, "reference_guidance_scale": 4.5}
+WITHOUT_GUIDANCE |= {"eval_inference_steps": 10}
 RECIPES: dict[str, dict[str, Any]] = {
-    "geneval": {**RELEASED, "std": "group", "t_min": 0.8, "old_after": 500},
-    "ocr": RELEASED,
-    "pickscore": {**RELEASED, "group_size": 24, "beta": 10.0, "kl": 0.001, "clip": 5e-2},
-    "cfg_free": {
-        **RELEASED,
-        "guidance_scale": 1.0,
-        "reference_guidance_scale": 4.5,
-        "clip": 1e-5,
-    },
+    "guided": {},  # config/dgpo.py
+    # config/dgpo_wocfg.py. README.md:158-161 advises kl 1e-3 and clip 1e-5.
+    "cfg_free": {**WITHOUT_GUIDANCE, "clip": 1e-3},
+    # config/dgpo_wocfg_emaref.py. Its kl_cfg is 1.0; README.md:175 has "1.0 # or 4.5/3.5". What the
+    # authors advise for GenEval (their issue 9), with 24 groups of 24.
     "cfg_free_ema": {
-        **RELEASED,
-        "guidance_scale": 1.0,
-        "ema_reference": True,
-        "beta": 2000.0,
-        "clip": 1e-5,
+        **{**WITHOUT_GUIDANCE, "ema_reference": True},
+        **{"beta": 2000.0, "kl": 0.001, "clip": 1e-5},
     },
 }
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
@@ -76,14 +82,20 @@ SAMPLERS = ["dpm++", "euler"]
 NOT_OF_THE_STEPS = (
     "max_train_steps micro_batch_size gradient_checkpointing checkpointing_steps "
     "checkpoints_total_limit resume_from_checkpoint report_to validation_steps output_dir config "
-    "eval_reward"
+    "eval_reward eval_inference_steps print_arguments"
 ).split()
 
 
-def by_recipe(name: str, text: str, **about: Any) -> Any:
-    """An option whose default is the recipe's; the help shows what it is in which."""
-    others = [f"{r} {v[name]}" for r, v in RECIPES.items() if v[name] != RELEASED[name]]
+def released(name: str, text: str, **about: Any) -> Any:
+    """An option whose default depends on reward and recipe; the help shows what it is for which."""
+    others = [f"{key} {v[name]}" for key, v in (TASKS | RECIPES).items() if name in v]
     return option(None, text, shown=", ".join([str(RELEASED[name]), *others]), **about)
+
+
+def task_of(args: Arguments) -> str:
+    """The published task whose settings and prompts are the default: its rewards' neediest."""
+    needy = (task for task in ("geneval", "ocr") for r in args.reward if r.startswith(task))
+    return next(needy, "pickscore")
 
 
 class MicroBatch(int):
@@ -109,18 +121,23 @@ class Arguments:
     reward: list[str] = option(
         ["pickscore"],
         "What to train on: a reward's name, or file.py:function for one of your own, with =weight "
-        "behind it if you like. Of several, the weighted sum counts.",
+        "behind it if you like. Its task brings settings and prompts.",
     )
     reward_model: list[str] = option([], "Other weights for a reward, as name=path.")
     eval_reward: list[str] = option([], "Rewards that are watched in validation, not trained on.")
-    recipe: str | None = option(
-        None, "Released settings to start from.", choices=list(RECIPES), shown="the reward's"
+    combine: str | None = option(
+        None,
+        "Of several rewards: sum their advantages, each standardised, so that no unit decides; or "
+        "sum the rewards themselves.",
+        choices=["advantages", "rewards"],
+        shown="advantages",
     )
+    recipe: str = option("guided", "Where guidance is used, as released.", choices=list(RECIPES))
     train_prompts: str | None = option(
         None,
         "Training prompts: a .txt file (a prompt a line), a .jsonl file, or a published list "
         "(geneval, ocr, pickscore, each also with _test, and drawbench).",
-        shown="the paper's list for the recipe",
+        shown="the paper's list for the reward",
     )
     validation_prompts: str | None = option(
         None, "Prompts that show the progress.", shown="up to 8 taken out of the training prompts"
@@ -128,10 +145,10 @@ class Arguments:
     output_dir: str = option("runs/dgpo", "The folder of this run.")
     seed: int = option(0, "Decides everything that is random.", at_least=0)
 
-    prompts_per_step: int | None = by_recipe(
+    prompts_per_step: int | None = released(
         "prompts_per_step", "P: groups in a step, over all processes together.", at_least=1
     )
-    group_size: int | None = by_recipe(
+    group_size: int | None = released(
         "group_size", "G: images in a group. If memory is short, keep it.", at_least=2
     )
     max_train_steps: int = option(1000, "How many steps to train for.", at_least=1)
@@ -144,7 +161,7 @@ class Arguments:
     sampler: str = option("dpm++", "The rollout's deterministic sampler.", choices=SAMPLERS)
     num_inference_steps: int = option(10, "Steps of the rollout's sampler.", at_least=1)
     flow_shift: float = option(3.0, "Shift of the sampler's times towards noise.", above=0)
-    guidance_scale: float | None = by_recipe(
+    guidance_scale: float | None = released(
         "guidance_scale", "Guidance of the rollout. 1 is none and halves its cost."
     )
     offline: bool = option(False, "Draw all samples from the reference (Section 4.3).")
@@ -152,29 +169,31 @@ class Arguments:
     train_timesteps: int = option(
         4, "K: at how many of the rollout's own times a group is trained in a step.", at_least=1
     )
-    t_min: float | None = by_recipe(
+    t_min: float | None = released(
         "t_min", "Least time to train at; 1 is pure noise.", at_least=0, below=1
     )
-    beta: float | None = by_recipe(
+    beta: float | None = released(
         "beta", "How fast the gate closes as the gap grows. Raise it against hacking.", above=0
     )
-    kl: float | None = by_recipe(
+    kl: float | None = released(
         "kl", "Weight of the distance to the reference. Raise it if pictures decay.", at_least=0
     )
-    clip: float | None = by_recipe(
+    clip: float | None = released(
         "clip", "PPO-style clip of exp(L_old - L_theta). Less is steadier; 0 is none.", at_least=0
     )
-    std: str | None = by_recipe(
+    std: str | None = released(
         "std", "Whose spread of rewards is 1 in advantages.", choices=["group", "batch"]
     )
-    reference_guidance_scale: float | None = by_recipe(
-        "reference_guidance_scale", "Guidance of the reference's velocity; 1 is none."
+    reference_guidance_scale: float | None = released(
+        "reference_guidance_scale", "Guidance of the frozen reference's velocity; 1 is none."
     )
-    ema_reference: bool | None = by_recipe("ema_reference", "Take theta_old as the reference.")
+    ema_reference: bool | None = released(
+        "ema_reference", "Compare with theta_old in the gap; the KL keeps the frozen reference."
+    )
     old_ema_decay: float = option(
         0.3, "Decay of theta_old. It grows by 0.001 a step up to this.", at_least=0, at_most=1
     )
-    old_after: int | None = by_recipe(
+    old_after: int | None = released(
         "old_after", "Steps after which theta_old draws the rollouts.", at_least=0
     )
 
@@ -186,8 +205,13 @@ class Arguments:
     )
     adam_weight_decay: float = option(1e-4, "AdamW's weight decay.", at_least=0)
     max_grad_norm: float = option(1.0, "Norm that a step's gradient is clipped to.", above=0)
-    ema_decay: float = option(0.9, "Decay of the saved average.", at_least=0, at_most=1)
+    ema_decay: float = option(
+        0.9, "Decay of the saved average after its warm-up.", at_least=0, at_most=1
+    )
     ema_steps: int = option(8, "Steps between updates of the saved average.", at_least=1)
+    ema_updates: int | None = released(
+        "ema_updates", "How often it is updated then, in a row.", at_least=1
+    )
     mixed_precision: str | None = option(
         None, "Precision of all but the LoRA.", choices=["no", "bf16"], shown="bf16 if the GPU can"
     )
@@ -197,10 +221,14 @@ class Arguments:
     checkpoints_total_limit: int = option(3, "How many of the last to keep.", at_least=1)
     resume_from_checkpoint: str | None = option(None, "'latest', or a folder, to continue a run.")
     validation_steps: int = option(50, "Steps between validation pictures.", at_least=1)
+    eval_inference_steps: int | None = released(
+        "eval_inference_steps", "Sampler steps of a validation picture.", at_least=1
+    )
     report_to: str | None = option(
         None, "A tracker, besides metrics.jsonl.", choices=["tensorboard", "wandb"]
     )
     config: str | None = option(None, "YAML or JSON file of these arguments. Flags win.")
+    print_arguments: bool = option(False, "Print all arguments as a file for --config, and end.")
 
 
 def read_config(path: str) -> list[str]:
@@ -219,6 +247,8 @@ def read_config(path: str) -> list[str]:
         if value in ("", "null", []):
             continue
         if "bool" in known[name].type:
+            if value not in ("true", "false"):
+                raise Fault(f"argument --config: {name} must be true or false, got {value}")
             line.append(f"--{name}" if value == "true" else f"--no_{name}")
         else:
             line += [f"--{name}", *(value if isinstance(value, list) else [value])]
@@ -233,9 +263,8 @@ def read_arguments(arguments: type = Arguments, argv: list[str] | None = None) -
         args = cli.parse(arguments, [*read_config(args.config), *argv])  # what comes last wins
     if args.resolution % 16:
         raise Fault(f"argument --resolution: must be a multiple of 16, got {args.resolution}")
-    name = args.reward[0].split("=")[0]
-    args.recipe = args.recipe or (name if name in RECIPES else "pickscore")
-    for key, value in RECIPES[args.recipe].items():
+    args.combine = args.combine or ("advantages" if len(args.reward) > 1 else "rewards")
+    for key, value in {**RELEASED, **TASKS[task_of(args)], **RECIPES[args.recipe]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     return args
@@ -364,18 +393,24 @@ def prompts_of_step(prompts: list[dict], args: Arguments, step: int) -> list[dic
     return chosen
 
 
-def group_advantages(total: Tensor, std: str) -> tuple[Tensor, Tensor]:
-    """Line 7: advantages (P, G) of rewards (P, G), and which groups have any (P,).
+def group_advantages(args: Arguments, scores: dict[str, tuple[float, Tensor]]) -> Tensor:
+    """Line 7: advantages (P, G) of one or several rewards, each with its weight and (P, G) scores.
 
-    A group with a reward that is not finite takes no part, also not in the batch's std. Raises
-    Fault if there is no other.
+    Several rewards are summed, and the sum standardised; or each is standardised by itself, and
+    A = sum_k w_k A_k. Each A_k sums to zero over a group, and so does A: log Z(c) cancels as it
+    does with one reward. A group with a score that is not finite gets zeros, and is not in the
+    batch's std. Raises Fault if there is no other.
     """
-    finite = total.isfinite().all(1)
+    summed = sum(weight * values for weight, values in scores.values())
+    finite = summed.isfinite().all(1)
     if not finite.any():
         raise Fault("no group has finite rewards; the run is saved, mend the reward")
-    advantages = torch.zeros_like(total)
-    advantages[finite] = dgpo.group_advantages(total[finite], std, eps=1e-4)
-    return advantages, (advantages != 0).any(1)
+    terms = [(1.0, summed)] if args.combine == "rewards" else scores.values()
+    advantages = torch.zeros_like(summed)
+    for weight, values in terms:
+        found = dgpo.group_advantages(values[finite], args.std, eps=1e-4, clamp=5.0)
+        advantages[finite] += weight * found
+    return advantages
 
 
 def learning_rate(args: Arguments, step: int) -> float:
@@ -421,17 +456,19 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.optimizer.zero_grad()
         latents, scores = self.draw_and_score(chosen, step, clock)  # lines 4 to 6
-        total = sum(weight * scores[name] for name, (weight, _) in self.scorers.items())
         with clock("train"):
-            advantages, active = group_advantages(total, self.args.std)  # line 7
-            groups = self.backward(chosen, latents, advantages, active, step)  # lines 8 to 13
-            grad_norm = self.update(active)  # line 14
+            advantages = group_advantages(self.args, scores)  # line 7
+            finite = torch.stack([values for _, values in scores.values()]).isfinite().all(2).all(0)
+            # Without a preference, what is left of the loss is the KL.
+            trained = finite & ((advantages != 0).any(1) | (self.args.kl > 0))
+            groups = self.backward(chosen, latents, advantages, trained, step)  # lines 8 to 13
+            grad_norm = self.update(trained)  # line 14
         metrics = {
             "step": step + 1,
-            **reward_metrics(total, scores, active),
+            **reward_metrics(scores, advantages, finite),
             **mean_over_processes(groups),
             "grad_norm": grad_norm,
-            **speed(clock, time.perf_counter() - start, total.numel()),
+            **speed(clock, time.perf_counter() - start, advantages.numel()),
         }
         if self.device.type == "cuda":
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
@@ -441,14 +478,17 @@ class Trainer:
         """Line 4: a group's latents (G, C, h, w), by theta_old, or offline by the reference."""
         args, model = self.args, self.model
         noise = torch.stack([self.noise(NOISE, step, p, g) for g in range(args.group_size)])
-        online = model.theta_old if step >= args.old_after else contextlib.nullcontext
+        online = model.theta_old if step > args.old_after else contextlib.nullcontext
         with model.reference() if args.offline else online():
             return model.sample(text, noise, args.num_inference_steps, args.guidance_scale)
 
     def draw_and_score(
         self, chosen: list[dict], step: int, clock: Clock
-    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-        """Lines 4 to 6: the latents of this process's groups, and all rewards (P, G), by name."""
+    ) -> tuple[dict[int, Tensor], dict[str, tuple[float, Tensor]]]:
+        """Lines 4 to 6: the latents of this process's groups, and all groups' scores.
+
+        The scores are by the reward's name: its weight, and (P, G).
+        """
         mine, rows, latents = self.own(range(len(chosen))), [], {}
         try:
             with clock("rollout"):
@@ -467,15 +507,18 @@ class Trainer:
         for scores in rows:
             if isinstance(scores, str):
                 raise Fault(scores)
-        by_name = {name: torch.tensor([row[name] for row in rows]) for name in self.scorers}
-        for name, values in by_name.items():
+        found = {
+            name: (weight, torch.tensor([row[name] for row in rows]))
+            for name, (weight, _) in self.scorers.items()
+        }
+        for name, (_, values) in found.items():
             bad = (~values.isfinite()).nonzero().tolist()
             for p, g in bad[: self.accelerator.is_main_process]:
                 tqdm.write(
                     f"step {step}: reward {name} is {values[p, g]} for prompt "
                     f"{chosen[p]['prompt']!r}, sample {g}; such groups take no part"
                 )
-        return latents, by_name
+        return latents, found
 
     def score(self, images: Tensor, prompt: dict) -> dict[str, list[float]] | str:
         """Each reward's scores of a group, or what went wrong, which all processes must hear."""
@@ -489,13 +532,13 @@ class Trainer:
             return str(error)
 
     def backward(
-        self, chosen: list[dict], latents: dict, advantages: Tensor, active: Tensor, step: int
+        self, chosen: list[dict], latents: dict, advantages: Tensor, trained: Tensor, step: int
     ) -> list[dict[str, Tensor]]:
         """Lines 8 to 13: the step's gradient, on every process. Returns this one's metrics."""
         groups, stopped = [], False
         try:
             for p, x0 in latents.items():
-                if active[p]:
+                if trained[p]:
                     text = chosen[p]["prompt"]
                     groups.append(self.backward_group(step, p, text, x0, advantages[p]))
         except Stopped:
@@ -510,31 +553,36 @@ class Trainer:
         """Lines 9 to 13 for one group at K times: adds its share of the step's gradient.
 
         x0: (G, C, h, w), advantages: (G,). The times are one draw for all groups of the step, and
-        each has its own eps, shared by the group. Returns metrics (K,).
+        each has its own eps, shared by the group. As many of them go into a pass as have room.
+        Returns metrics (K,), and whether there is a preference.
         """
         args, model, K = self.args, self.model, self.args.train_timesteps
         order = torch.randperm(len(self.times), generator=seeded(args.seed, TIMES, step))
-        t = self.times[order[:K], None]  # (K, 1)
+        t = self.times[order[:K], None].to(self.device)  # (K, 1)
         eps = torch.stack([self.noise(TRAINING_NOISE, step, p, k) for k in range(K)])
-        compared = model.theta_old if args.ema_reference else model.reference
-        metrics = [
-            dgpo.backward_group_loss(
+        eps, x0, advantages = (x.to(self.device) for x in (eps[:, None], x0.float(), advantages))
+        reference = model.velocity(text, args.reference_guidance_scale, who=model.reference)
+        old = model.velocity(text, who=model.theta_old)
+        found = []
+        for rows in torch.arange(K).split(max(1, model.images_a_pass // len(x0))):
+            metrics = dgpo.backward_group_loss(
                 model.velocity(text),
-                model.velocity(text, args.reference_guidance_scale, who=compared),
-                x0.float()[None],
-                eps[k, None, None].to(self.device),
-                t[k, None].to(self.device),
-                advantages[None].to(self.device),
+                old if args.ema_reference else reference,
+                x0.expand(len(rows), *x0.shape),
+                eps[rows],
+                t[rows],
+                advantages.expand(len(rows), -1),
                 args.beta,
-                share=1 / args.prompts_per_step / K,
+                share=len(rows) / args.prompts_per_step / K,
                 kl=args.kl,
+                velocity_kl=reference,
                 clip=args.clip or None,
-                velocity_old=model.velocity(text, who=model.theta_old) if args.clip else None,
+                velocity_old=old if args.clip else None,
                 micro_batch=model.images_a_pass,
             )
-            for k in range(K)
-        ]
-        return {name: torch.stack([each[name].mean() for each in metrics]) for name in metrics[0]}
+            found.append({k: v.expand(len(rows)) for k, v in metrics.items()})
+        preferred = advantages.any().expand(K)
+        return {k: torch.cat([f[k] for f in found]) for k in metrics} | {"preferred": preferred}
 
     def reduce_gradients(self, stopped: bool) -> bool:
         """The sum over processes, in one exchange for the step, and if any has been stopped."""
@@ -552,24 +600,29 @@ class Trainer:
             parameter.grad = grad.view_as(parameter)
         return flag.item() > 0
 
-    def update(self, active: Tensor) -> float | None:
+    def update(self, trained: Tensor) -> float | None:
         """Line 14. Returns the gradient's norm; or None, without a step, if it is not finite."""
         theta, most = self.model.theta, self.args.max_grad_norm
         norm = nn.utils.clip_grad_norm_(theta, most).item()
-        if active.any() and math.isfinite(norm):
+        if trained.any() and math.isfinite(norm):
             self.optimizer.step()
         return norm if math.isfinite(norm) else None
 
     def follow(self, step: int) -> None:
-        """Line 15: theta_old follows theta, and so does, more seldom, the saved average."""
-        args, model = self.args, self.model
+        """Line 15: theta_old follows theta, and so does, more seldom, the saved average.
+
+        The released trainer updates the latter after n = 7, 15, 23, ... steps, and then once for
+        each batch of an epoch. Its warm-up soon forgets the LoRA that the run began with.
+        """
+        args, model, n = self.args, self.model, step + 1
         dgpo.ema_update(model.old, model.theta, min(args.old_ema_decay, 0.001 * step))
-        if (step + 1) % args.ema_steps == 0:
-            dgpo.ema_update(model.average, model.theta, args.ema_decay)
+        if (n + 1) % args.ema_steps == 0:
+            decay = min((1 + n) / (10 + n), args.ema_decay) ** args.ema_updates
+            dgpo.ema_update(model.average, model.theta, decay)
 
     def render(self, prompts: list[dict]) -> Tensor:
         """A validation picture of each prompt, from noise that is the same at every call."""
-        steps, guidance = self.args.num_inference_steps, self.args.guidance_scale
+        steps, guidance = self.args.eval_inference_steps, self.args.guidance_scale
         latents = [
             self.model.sample(prompt["prompt"], self.noise(VALIDATION, i)[None], steps, guidance)
             for i, prompt in enumerate(prompts)
@@ -598,29 +651,36 @@ class Trainer:
             raise Fault(str(error)) from None
 
 
-def reward_metrics(total: Tensor, scores: dict[str, Tensor], active: Tensor) -> dict[str, float]:
-    """Means over the groups that took part, and the shares of those that did not."""
-    finite = total.isfinite().all(1)
+def reward_metrics(scores: dict, advantages: Tensor, finite: Tensor) -> dict[str, float]:
+    """Means over the groups whose scores are finite (P,), and the shares of the others."""
 
-    def spread(values: Tensor) -> float:
-        return values[finite].std(1, correction=0).mean().item()
+    def about(name: str, values: Tensor) -> dict[str, float]:
+        values = values[finite]
+        spread = values.std(1, correction=0).mean().item()
+        return {f"reward{name}": values.mean().item(), f"reward_std{name}": spread}
 
-    return {
-        "reward": total[finite].mean().item(),
-        "reward_std": spread(total),
-        **{f"reward/{name}": values[finite].mean().item() for name, values in scores.items()},
-        **{f"reward_std/{name}": spread(values) for name, values in scores.items()},
-        "equal_groups": (finite & ~active).float().mean().item(),
-        "groups_not_finite": (~finite).float().mean().item(),
-    }
+    found = about("", sum(weight * values for weight, values in scores.values()))
+    for name, (_, values) in scores.items():
+        found |= about(f"/{name}", values)
+    equal = finite & (advantages == 0).all(1)
+    found["equal_groups"] = equal.float().mean().item()
+    return found | {"groups_not_finite": (~finite).float().mean().item()}
 
 
 def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """The groups' metrics, or None where no group has any."""
-    names = ("loss", "gap", "gate", "kl", "clipped")
-    found = gather_object([[group[name].mean().item() for name in names] for group in groups])
-    means = torch.tensor(found).mean(0).tolist() if found else [None] * len(names)
-    return dict(zip(names, means, strict=True))
+    """The KL over all groups that were trained on, the others over those with a preference.
+
+    None where there is no such group.
+    """
+    names = ("loss", "gap", "gate", "kl", "clipped", "preferred")
+    rows = gather_object(
+        [[group[name].float().mean().item() for name in names] for group in groups]
+    )
+    means = dict.fromkeys(names[:-1])
+    for i, name in enumerate(names[:-1]):
+        values = [row[i] for row in rows if row[-1] or name == "kl"]
+        means[name] = sum(values) / len(values) if values else None
+    return means
 
 
 def speed(clock: Clock, seconds: float, images: int) -> dict[str, float]:
@@ -769,6 +829,7 @@ library_name: diffusers
 tags: [lora, dgpo, sd3]
 ---
 A LoRA trained by DGPO (arXiv:2510.08425) in {last["step"]} steps on the reward {" ".join(args.reward)}.
+It is meant for guidance {args.guidance_scale:g} (1 is none) at {args.resolution} x {args.resolution} pixels, and was watched at {args.eval_inference_steps} steps.
 
 ```python
 import torch
@@ -778,6 +839,14 @@ pipe = StableDiffusion3Pipeline.from_pretrained(
     "{args.pretrained_model_name_or_path}", torch_dtype=torch.bfloat16
 )
 pipe.load_lora_weights(".", weight_name="{sd35.LORA_FILE}")
+image = pipe(
+    "a prompt",
+    guidance_scale={args.guidance_scale:g},
+    num_inference_steps=40,
+    height={args.resolution},
+    width={args.resolution},
+    max_sequence_length={args.max_sequence_length},
+).images[0]
 ```
 
 Mean reward in the last step: {last["reward"]:.4g}. Settings:
@@ -842,16 +911,15 @@ def load_scorers(args: Arguments, device: torch.device, flag: str) -> dict[str, 
         name, weight = rewards.parse(spec)
         try:
             scorers[name] = weight, rewards.load(name, device, models.get(name))
-        except (OSError, ImportError, ValueError, AttributeError) as error:
-            raise Fault(f"argument --{flag}: cannot load {name} ({first_line(error)})") from None
+        except rewards.RewardError as error:
+            raise Fault(f"argument --{flag}: {error}") from None
     return scorers
 
 
 def read_prompts(args: Arguments) -> tuple[list[dict], list[dict]]:
     """Training prompts, and validation prompts that are not among them."""
-    published = args.recipe if args.recipe in prompt_sets.LISTS else "pickscore"
     try:
-        training = prompt_sets.load(args.train_prompts or published)
+        training = prompt_sets.load(args.train_prompts or task_of(args))
     except ValueError as error:
         raise Fault(f"argument --train_prompts: {error}") from None
     if args.validation_prompts:
@@ -983,8 +1051,14 @@ def train(args: Arguments) -> None:
 
 
 def main() -> None:
+    args = parse_args()
+    if args.print_arguments:
+        settings = {**dataclasses.asdict(args), "config": None, "print_arguments": False}
+        settings["micro_batch_size"] = int(args.micro_batch_size) or "auto"
+        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        return
     try:
-        train(parse_args())
+        train(args)
     except torch.OutOfMemoryError as error:
         raise Fault(
             f"out of memory ({first_line(error)}); lower --micro_batch_size, which does not "

@@ -21,12 +21,13 @@ def arguments(tiny, out, **changed):
 
 
 @pytest.mark.parametrize("micro_batch_size", [3, 8])
-@pytest.mark.parametrize("recipe", ["ocr", "cfg_free", "cfg_free_ema"])
+@pytest.mark.parametrize("recipe", ["guided", "cfg_free", "cfg_free_ema"])
 def test_a_groups_gradient_is_that_of_the_formulas_and_autograd(
     tiny, tmp_path, recipe, micro_batch_size
 ):
     """With clip and KL, against a plain step that uses nothing of dgpo.py."""
-    settings = {"recipe": recipe, "clip": 1e-4, "micro_batch_size": micro_batch_size}
+    settings = {"recipe": recipe, "reward": "ocr", "clip": 1e-4, "kl": 0.02}
+    settings["micro_batch_size"] = micro_batch_size
     trainer, x0, advantages = bench.prepare(arguments(tiny, tmp_path / "run", **settings))
     metrics = trainer.backward_group(0, 0, bench.TEXT, x0, advantages)
     assert 0 < metrics["clipped"].mean() < 1 and abs(metrics["gate"].mean() - 0.5) > 1e-3
@@ -37,7 +38,7 @@ def test_a_groups_gradient_is_that_of_the_formulas_and_autograd(
 
 def test_a_compiled_transformer_gives_the_same_gradient_and_is_compiled_once(tiny, tmp_path):
     """The LoRA goes off and on, gradients too, and batches have two sizes: all in one step."""
-    settings = {"recipe": "ocr", "group_size": 5, "micro_batch_size": 2}
+    settings = {"group_size": 5, "micro_batch_size": 2}
     trainer, x0, advantages = bench.prepare(arguments(tiny, tmp_path / "run", **settings))
 
     def work():
@@ -58,7 +59,7 @@ def test_a_compiled_transformer_gives_the_same_gradient_and_is_compiled_once(tin
 
 def test_the_host_waits_only_to_check_a_groups_input(tiny, tmp_path):
     """Not at each micro-batch or timestep: a GPU would stand still every time."""
-    args = arguments(tiny, tmp_path / "run", recipe="ocr", train_timesteps=1)
+    args = arguments(tiny, tmp_path / "run", train_timesteps=1)
     trainer, x0, advantages = bench.prepare(args)
     found = set()
     for trainer.model.images_a_pass, args.train_timesteps in ((1, 1), (4, 1), (4, 3)):
@@ -79,7 +80,7 @@ def test_the_step_prints_the_overhead(tiny, tmp_path, capsys):
 
 
 def test_plain_and_changes_print_what_they_compare(tiny, tmp_path, capsys, monkeypatch):
-    args = arguments(tiny, tmp_path / "run", repeats=1, recipe="ocr")
+    args = arguments(tiny, tmp_path / "run", repeats=1)
     bench.plain(args)
     printed = capsys.readouterr().out
     assert "difference of the gradients" in printed and "bf16 against float32" in printed
