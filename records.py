@@ -147,7 +147,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), style, label=f"{kind} {name.split(':')[-1]}")
         axis.set_title(title, fontsize=15)
         axis.tick_params(labelsize=12)
-        if len(keys) > 1:
+        if len(axis.lines) > 1:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2}
             axis.legend(fontsize=10, frameon=False, **below)
     figure.supxlabel("step", fontsize=15)

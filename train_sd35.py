@@ -32,13 +32,12 @@ import cli
 from cli import Fault, Stopped, first_line, option
 
 # The settings of the authors' released trainer, github.com/Luo-Yihong/DGPO at commit 01ceb4b, read
-# by running its config/*.py. What depends on the task follows the reward; what depends on guidance
-# follows the recipe, which wins. The default is general_ocr_sd3_4gpu of config/dgpo.py, and theirs
-# is the name in the comment. Without guidance they have no configuration for PickScore.
-TASKS = ("geneval", "ocr", "pickscore")  # geneval_sd3_4gpu, general_ocr_sd3_4gpu, pickscore_...
-# config/dgpo.py, config/dgpo_wocfg.py and config/dgpo_wocfg_emaref.py, which the authors advise
-# for GenEval (their issue 9), with 24 groups of 24.
-RECIPES = ("guided", "cfg_free", "cfg_free_ema")
+# by running its config files. What depends on the task follows the reward, and is a function there:
+# geneval_sd3_4gpu, general_ocr_sd3_4gpu, pickscore_sd3_4gpu. What depends on guidance follows the
+# recipe, which wins, and is a file: dgpo.py, dgpo_wocfg.py, dgpo_wocfg_emaref.py. There is none for
+# PickScore in the last two. The last is what the authors advise for GenEval (their issue 9), with
+# 24 groups of 24. The names there stand beside the arguments here.
+TASKS, RECIPES = ("geneval", "ocr", "pickscore"), ("guided", "cfg_free", "cfg_free_ema")
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 SAMPLERS = ["dpm++", "euler"]
 
@@ -182,9 +181,7 @@ class Arguments:
         cfg_free_ema=4.5,
     )
     ema_reference: bool = released(  # use_ema_ref
-        False,
-        "Compare with theta_old in the gap. The KL keeps to the frozen reference.",
-        cfg_free_ema=True,
+        False, "Compare with theta_old in the gap, but not in the KL.", cfg_free_ema=True
     )
     old_ema_decay: float = option(
         0.3, "Decay of theta_old. It grows by 0.001 a step up to this.", at_least=0, at_most=1
@@ -309,9 +306,9 @@ def parse_args(argv: list[str] | None = None, arguments: type = Arguments) -> An
         "train_prompts": prompt_sets.load,
         "validation_prompts": prompt_sets.load,
     }.items():
-        values = getattr(args, flag) or []
+        values = getattr(args, flag)
         try:
-            for value in values if isinstance(values, list) else [values]:
+            for value in values if isinstance(values, list) else filter(None, [values]):
                 check(value)
         except ValueError as error:
             raise Fault(f"argument --{flag}: {error}") from None
@@ -354,9 +351,6 @@ class Clock:
             found |= {f"seconds/{phase}": value, f"share/{phase}": value / seconds}
         memory = {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
         return found | memory
-
-
-# A step: lines 3 to 15 of Algorithm 1
 
 
 def prompts_of_step(prompts: list[dict], args: Arguments, step: int) -> list[dict]:
@@ -572,8 +566,8 @@ class Trainer:
     def follow(self, step: int) -> None:
         """Line 15: theta_old follows theta, and so does, more seldom, the saved average.
 
-        The released trainer updates the latter after n = 7, 15, 23, ... steps, and then once for
-        each batch of an epoch. Its warm-up soon forgets the LoRA that the run began with.
+        The released trainer updates the latter after n = 7, 15, ... steps, then once for each batch
+        of an epoch. Its warm-up soon forgets the LoRA that the run began with.
         """
         args, model, n = self.args, self.model, step + 1
         dgpo.ema_update(model.old, model.theta, min(args.old_ema_decay, 0.001 * step))
@@ -688,8 +682,7 @@ def build(args: Arguments, accelerator: Accelerator, pipe: StableDiffusion3Pipel
 
 def load_scorers(args: Arguments, device: torch.device, flag: str) -> dict[str, Any]:
     """The rewards that a flag names, with their weights. Raises Fault."""
-    models = cli.pairs(args.reward_model)
-    scorers = {}
+    models, scorers = cli.pairs(args.reward_model), {}
     for spec in getattr(args, flag):
         name, weight = rewards.parse(spec)
         try:
@@ -712,10 +705,9 @@ def read_prompts(args: Arguments) -> tuple[list[dict], list[dict]]:
 
 
 def fit_micro_batch(trainer: Trainer) -> int:
-    """The most images that memory has room for in a pass, by trying: largest first.
+    """The most images that memory has room for in a pass, by trying: all K times of a group first.
 
-    More than all K times of a group are never in one. Raises torch.OutOfMemoryError if not even one
-    image fits.
+    Raises torch.OutOfMemoryError if not even one image fits.
     """
     model, device, G = trainer.model, trainer.device, trainer.args.group_size
 
