@@ -239,7 +239,7 @@ def plan(args: Arguments) -> None:
     lora = f"LoRA, {1000 * size.lora:.1f} M in float32"
     for name, gigabytes in {
         f"transformer, {size.transformer:.2f} G parameters in bf16": 2 * size.transformer,
-        f"{lora}, its gradient, Adam, theta^- and EMA": 24 * size.lora,
+        f"{lora}, its gradient, Adam, theta_old and saved average": 24 * size.lora,
         "VAE in float32": 4 * size.vae,
         "text encoders in bf16, at times and without activations": 2 * size.encoders,
         "together, while prompts are encoded": always + 2 * size.encoders,
@@ -382,9 +382,9 @@ def bare_passes(
 def step(args: Arguments) -> None:
     """Times steps against their bare network passes, in one run.
 
-    Beside it what the passes must take at the machine's measured peaks, and the share of the peak
-    of matrix products that they reach (MFU). Recomputed activations count as work. "products" is
-    the share of products, attention and convolutions in the time at the peaks.
+    Beside it what the passes must take at the machine's measured peaks, and the share that they
+    reach in the peak of matrix products (MFU). Recomputed activations count as work. "products" is
+    the share that products, attention and convolutions have in the time at the peaks.
     """
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
     trainer, random = load(args, texts)

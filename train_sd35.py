@@ -566,8 +566,8 @@ class Trainer:
     def follow(self, step: int) -> None:
         """Line 15: theta_old follows theta, and so does, more seldom, the saved average.
 
-        The released trainer updates the latter after n = 7, 15, ... steps, then once for each batch
-        of an epoch. Its warm-up soon forgets the LoRA that the run began with.
+        The released trainer updates the latter after n = 7, 15, ... steps, once for each batch that
+        an epoch has. Its warm-up soon forgets the LoRA that the run began with.
         """
         args, model, n = self.args, self.model, step + 1
         dgpo.ema_update(model.old, model.theta, min(args.old_ema_decay, 0.001 * step))

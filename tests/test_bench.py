@@ -88,6 +88,18 @@ def test_the_step_prints_the_overhead(tiny, tmp_path, capsys):
         assert 0 < float(mfu[:-1]) < 100
 
 
+def test_without_a_model_weights_are_random_and_nothing_is_fetched(tmp_path, capsys, monkeypatch):
+    small = {"num_layers": 1, "num_attention_heads": 2, "caption_projection_dim": 128}
+    monkeypatch.setattr(bench, "MEDIUM", {**bench.MEDIUM, **small, "dual_attention_layers": [0]})
+    monkeypatch.setattr(bench, "VAE", {**bench.VAE, "block_out_channels": [32] * 4})
+    eye = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setattr(bench, "EYE", {**bench.EYE, **eye, "num_attention_heads": 2})
+    line = flags(None, tmp_path, model=None, train_prompts=None, reward="pickscore", resolution=32)
+    bench.step(train_sd35.parse_args([*line, "--repeats", "1"], bench.Arguments))
+    rows = [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:7]]
+    assert rows == ["rollout", "decode", "reward", "train", "step"]
+
+
 def test_plain_and_changes_print_what_they_compare(tiny, tmp_path, capsys, monkeypatch):
     args = arguments(tiny, tmp_path / "run", repeats=1)
     bench.plain(args)
@@ -111,8 +123,8 @@ def test_plain_and_changes_print_what_they_compare(tiny, tmp_path, capsys, monke
 def test_the_bare_passes_are_a_groups_phases(tiny, tmp_path):
     trainer, x0, _ = bench.prepare(arguments(tiny, tmp_path / "run"))
     seen, clock = [], train_sd35.Clock(trainer.device)
-    judge = lambda images, prompts: seen.append(tuple(images.shape))  # noqa: E731
-    bench.bare_passes(trainer, bench.TEXT, judge, clock)
+    reward = lambda images, prompts: seen.append(tuple(images.shape))  # noqa: E731
+    bench.bare_passes(trainer, bench.TEXT, reward, clock)
     assert list(clock.seconds) == ["rollout", "decode", "reward", "train"]
     assert seen == [(len(x0), 3, shapes.SIDE, shapes.SIDE)]
 

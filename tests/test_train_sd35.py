@@ -41,7 +41,7 @@ def flags(tiny, out, **changed):
     """The command line of a run of three steps on the tiny pipeline, with other settings if any."""
     settings = {
         "model": tiny,
-        "train_prompts": tiny / "prompts.jsonl",
+        "train_prompts": f"{tiny}/prompts.jsonl",
         "output_dir": out,
         "reward": f"{REWARD}:brightness",
         "resolution": shapes.SIDE,
@@ -573,7 +573,7 @@ def test_two_processes_take_the_same_steps(plain, tiny, tmp_path):
 
 VARIANTS = {
     "euler": {"sampler": "euler", "t_min": 0.3},
-    "theta^- from the start": {"old_after": 0},
+    "theta_old from the start": {"old_after": 0},
     "an EMA reference": {"recipe": "cfg_free_ema"},
     "a guided reference": {"recipe": "cfg_free"},
     "several rewards": {"reward": [f"{REWARD}:brightness", f"{REWARD}:darkness=0.5"]},
