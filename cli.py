@@ -81,6 +81,14 @@ def parse(arguments: type, argv: list[str]) -> Any:
     return args
 
 
+def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
+    """Words "name=path" as a dictionary. Raises Fault if one has no "="."""
+    for word in words:
+        if "=" not in word:
+            raise Fault(f"argument --{flag}: must be name=path, got {word}")
+    return dict(word.split("=", 1) for word in words)
+
+
 def first_line(error: BaseException) -> str:
     """What somebody else's error says first, or its type if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

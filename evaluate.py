@@ -28,8 +28,10 @@ from tqdm import tqdm
 
 import prompts as prompt_sets
 import rewards
+from cli import Fault, make_folder, option, parse
+from cli import pairs as other_weights
 from rewards.ocr import QUOTED
-from train_sd35 import Fault, decode, load_pipeline, make_folder, option, other_weights, parse
+from sd35 import decode, load_pipeline
 
 VARIANTS = ("base", "lora")
 RESAMPLES = 10_000  # of the bootstrap
