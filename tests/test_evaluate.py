@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -162,17 +163,19 @@ def test_the_default_metrics_are_those_at_hand(
     tiny, loras, prompts, tmp_path, tiny_clip, capsys, monkeypatch
 ):
     """Nothing is asked of the network for it."""
+    asked = []
 
-    def connect(*_):
-        raise AssertionError("a connection")
+    def getaddrinfo(host, *rest, **more):
+        asked.append(host)
+        raise OSError("no route")
 
-    monkeypatch.setattr(evaluate.prompt_sets.urllib.request.socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     out, clip = tmp_path / "out", f"pickscore={tiny_clip}"
     found = run(tiny, loras["much"], prompts, out, metrics=None, reward_model=clip)
     assert list(rows(found)["base"]) == ["pickscore"]
     said = capsys.readouterr().out
-    assert "a connection" not in said
+    assert asked == []
     for missing in ("aesthetic", "imagereward", "unifiedreward"):
         assert f"without {missing}: cannot load the reward {missing}: " in said
     assert "ocr" not in said  # no prompt has a text in quotation marks
@@ -386,13 +389,14 @@ def test_a_lora_that_is_truncated_is_named(tiny, loras, prompts, tmp_path):
         assert "\n" not in str(fault.value)
 
 
-def test_it_starts_without_others_advice():
+def test_it_says_nothing_but_its_own(tiny, loras, prompts, tmp_path):
     """transformers speaks of torchvision, which nothing here needs."""
+    line = flags(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=BRIGHTNESS)
     said = subprocess.run(
-        [sys.executable, "evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "evaluate.py", *line], cwd=ROOT, capture_output=True, text=True
     )
     assert said.returncode == 0 and said.stderr == ""
-    assert "(at least 1 and at most 1000; default: 40)" in " ".join(said.stdout.split())
+    assert said.stdout.startswith("6 prompts, 2 each, in 3 steps, by base and ")
 
 
 BAD = {
