@@ -1,33 +1,51 @@
-"""Images and prompts to scores: the interface, the names, and weighted sums.
+"""Images and prompts to scores: the interface, the names, and the fence around foreign code.
 
 A reward is a function (images, prompts) -> scores, higher is better:
     images: float (N, 3, H, W) in [0, 1]. prompts: N dicts, each with "prompt" and what else the
-    prompt file says of it. Returns N numbers, as a tensor, an array or a list.
+    prompt file says of it. Returns N numbers, as a tensor, an array or a list; NaN where there is
+    no score.
 
-A file rewards/<name>.py makes the name <name> known. It has one public function,
-`load(device, model=None) -> reward`, that loads what the reward needs; `model` stands in for the
-file's own weights. Nothing is imported before it is asked for. Rewards of one's own are named
-path/to/file.py:function or package.module:function.
+A file rewards/<name>.py with a function `load(device, model=None) -> reward` makes the name <name>
+known. It loads what the reward needs; `model` stands in for the file's own weights. Nothing is
+imported before it is asked for.
+
+A reward of one's own is named path/to/file.py:function or package.module:function. Three lines in
+a file make one, and it may be anything that can be called with images and prompts:
+
+    def blue_where_asked(images, prompts):
+        asked = [1.0 if "blue" in prompt["prompt"].lower() else -1.0 for prompt in prompts]
+        return images.new_tensor(asked) * (images[:, 2] - images[:, 0]).mean((1, 2))
+
+Whatever goes wrong in reading, loading or calling a reward is a RewardError of one line.
 """
 
 from __future__ import annotations
 
-import ast
+import copy
 import importlib
 import importlib.util
+import inspect
+import math
+import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Reward = Callable[[Tensor, list[dict]], object]
+LONGEST = 300  # characters of another's error message
 
 
-class RewardError(RuntimeError):
-    """A reward failed; the message names it, and the prompt it failed on."""
+class RewardError(ValueError):
+    """A reward cannot be read, loaded or called. The message is one line that stands alone."""
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -37,63 +55,219 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def names() -> list[str]:
-    """Of the rewards in this folder."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+    """The names of the rewards in this folder: its files that have a function `load`."""
+    files = Path(__file__).parent.glob("[a-z]*.py")
+    return sorted(file.stem for file in files if "\ndef load(" in file.read_text("utf-8"))
 
 
 def parse(spec: str) -> tuple[str, float]:
     """ "name" or "name=weight" -> (name, weight), the weight 1 if there is none.
 
-    Raises ValueError if there is no such reward. A file of one's own is read for that, not run.
+    Raises RewardError if there is no such reward. A file of one's own is compiled for that, not
+    run, so that a function which it never mentions is found missing before anything is loaded.
     """
     name, equals, number = spec.rpartition("=")
-    try:
-        name, weight = (name, float(number)) if equals else (spec, 1.0)
-    except ValueError:
-        raise ValueError(f"{spec!r}: the weight must be a number, got {number!r}") from None
+    if not equals or ".py:" in number:  # a path may have a "=" in it, too
+        name, weight = spec, 1.0
+    else:
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise RewardError(f"{spec!r}: the weight must be a number, got {number!r}")
+        if weight == 0:
+            raise RewardError(f"{spec!r}: a weight of 0 trains nothing; --eval_reward watches it")
     place, colon, function = name.rpartition(":")
-    if not colon:
-        if name not in names():
-            own = "path/to/file.py:function"
-            raise ValueError(f"no reward {name!r}: give {', '.join(names())}, or {own}")
-    elif place.endswith(".py"):
-        if not Path(place).is_file():
-            raise ValueError(f"{name!r}: there is no file {place}")
-        tree = ast.parse(Path(place).read_text())
-        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        if function not in defined:
-            raise ValueError(f"{name!r}: {place} defines no function {function}")
-    elif importlib.util.find_spec(place.split(".")[0]) is None:
-        raise ValueError(f"{name!r}: there is no package {place.split('.')[0]}")
+    if colon:
+        with fence(repr(name)):
+            look_for(place, function)
+    elif name not in names():
+        own = "path/to/file.py:function"
+        raise RewardError(f"no reward {name!r}: give {', '.join(names())}, or {own}")
     return name, weight
 
 
-def load(name: str, device: torch.device | str, model: str | None = None) -> Reward:
-    """The reward of a name that `parse` has passed, with its weights on `device`."""
-    place, colon, function = name.rpartition(":")
-    if not colon:
-        return importlib.import_module(f"rewards.{name}").load(device, model)
+def look_for(place: str, function: str) -> None:
+    """Raises if a file of one's own, or a package, cannot have the function. Runs neither."""
+    if not function.isidentifier():
+        raise RewardError(f"a function's name must follow the colon, got {function!r}")
     if not place.endswith(".py"):
-        return getattr(importlib.import_module(place), function)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(place).resolve().parent))  # for what the file imports beside it
-    spec.loader.exec_module(module)
-    return getattr(module, function)
+        package = place.split(".")[0]
+        if not package or importlib.util.find_spec(package) is None:
+            raise RewardError(f"there is no package {package}; the name of a file ends in .py")
+        return
+    if not Path(place).is_file():
+        raise RewardError(f"there is no file {place}")
+    source = Path(place).read_bytes()
+    compile(source, place, "exec", dont_inherit=True)
+    text = source.decode("utf-8", "replace")
+    unseen = ("import *", "__getattr__", "globals()")  # a name may come from these
+    if not re.search(rf"\b{function}\b", text) and not any(word in text for word in unseen):
+        raise RewardError(f"{place} defines no function {function}")
+
+
+def load(
+    name: str, device: torch.device | str, model: str | None = None, fetch: bool = True
+) -> Reward:
+    """The reward of a name that `parse` has passed, with its weights on `device`.
+
+    model: the reward's other weights, file or address, as its own `load` takes them. Without
+    `fetch`, weights that are not on this machine are not fetched. Raises RewardError, whatever goes
+    wrong.
+    """
+    place, colon, function = name.rpartition(":")
+    with fence(f"cannot load the reward {name}", place):
+        if not colon:
+            return load_named(name, device, model, fetch)
+        module = run(place) if place.endswith(".py") else importlib.import_module(place)
+        reward = getattr(module, function, None)
+        if not callable(reward):
+            found = f"is a {type(reward).__name__}" if hasattr(module, function) else "is not there"
+            raise RewardError(f"{function} {found}, and must be callable with images and prompts")
+        try:
+            inspect.signature(reward).bind([], [])
+        except TypeError as error:
+            raise RewardError(f"cannot be called with images and prompts ({error})") from None
+        except ValueError:
+            pass  # some builtin functions do not say what they take
+    return reward
+
+
+def load_named(name: str, device: torch.device | str, model: str | None, fetch: bool) -> Reward:
+    """The reward of a file in this folder, its weights from this machine if they are here.
+
+    Only if they are not is the hub asked, and first by one short request: without a network, the
+    hub's own client repeats each of a dozen requests for 23 seconds. The flag is read by
+    transformers and huggingface_hub at each use; it is what the environment variable sets.
+    """
+    from huggingface_hub import constants
+
+    loader = importlib.import_module(f"rewards.{name}")
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        return loader.load(device, model)
+    except OSError as error:
+        missing = said(error)
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    if fetch and not offline and hub_answers():
+        return loader.load(device, model)
+    why = missing if model else "not all that it needs is on this machine"
+    if not fetch:
+        raise RewardError(why)
+    if offline:
+        raise RewardError(f"{why}; unset HF_HUB_OFFLINE, or give them by --reward_model {name}=...")
+    raise RewardError(
+        f"{why}; {constants.ENDPOINT} does not answer: give them by --reward_model {name}=..., or "
+        "bring the hub's cache from another machine and set HF_HUB_OFFLINE=1"
+    )
+
+
+def hub_answers() -> bool:
+    """Whether the hub answers a request within five seconds, whatever it says."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # the client's own kinds, which change with its releases
+        return False
+    return True
+
+
+def run(place: str) -> ModuleType:
+    """The module of a file of one's own, run once in a process.
+
+    It is known to Python under a name that no import has, because dataclasses and pickles look
+    their module up by name. What lies beside the file can be imported: while it runs, before
+    anything else of that name, and later, from inside its functions, after everything else.
+    """
+    path = Path(place).resolve()
+    name = f"reward_{path.as_posix().replace('.', '_')}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    beside = str(path.parent)
+    sys.path.insert(0, beside)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        if beside in sys.path:
+            sys.path.remove(beside)
+        if beside not in sys.path:
+            sys.path.append(beside)
+    return module
 
 
 def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Tensor:
-    """What a reward says of images (N, 3, H, W), as float32 (N,) on the CPU.
+    """What a reward says of images (N, 3, H, W), as float32 (N,) on the CPU; NaN is no score.
 
-    Raises RewardError when the reward raises, or does not return a number for each image.
+    The reward gets copies of the images and the prompts, so that working in place harms nobody,
+    and is called without gradients. Raises RewardError when it raises, or does not return a real
+    number for each image.
     """
-    about = f"of prompt {prompts[0]['prompt']!r}"
+    about = f"of prompt {prompts[0]['prompt'][:LONGEST]!r}"
+    place = name.rpartition(":")[0]
+    with fence(f"reward {name} failed on images {about}", place), torch.no_grad():
+        result = reward(images.clone(), [copy.deepcopy(prompt) for prompt in prompts])
     try:
-        scores = torch.as_tensor(reward(images, prompts), dtype=torch.float32).detach().cpu()
-    except Exception as error:
-        kind = type(error).__name__
-        raise RewardError(f"reward {name} failed on images {about}: {kind}: {error}") from error
-    if tuple(scores.shape) != (len(images),):
-        shape = tuple(scores.shape)
-        raise RewardError(f"reward {name} must return {len(images)} scores, got {shape}, {about}")
-    return scores
+        scores = torch.as_tensor(result)
+        kind = str(tuple(scores.shape))
+        if scores.shape == (len(images),) and not scores.is_complex():
+            return scores.detach().to("cpu", torch.float32, copy=True)
+        kind = f"complex {kind}" if scores.is_complex() else kind
+    except Exception:
+        kind = f"a {type(result).__name__} that holds no numbers"
+    raise RewardError(f"reward {name} must return {len(images)} scores, got {kind}, {about}")
+
+
+@contextmanager
+def fence(what: str, place: str = "") -> Iterator[None]:
+    """Turns all that code of others may raise into a RewardError that begins with `what`.
+
+    SystemExit is among it, as no reward may end a run as if it had succeeded. KeyboardInterrupt is
+    not where it may be the user's Ctrl-C: in the main thread, under Python's own handler. A script
+    with a handler of its own gets no KeyboardInterrupt from the keyboard. `place` is a file whose
+    line is named. The default dtype, the default device and the grad mode are as before in the end.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    grad = torch.is_grad_enabled()
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and may_be_ctrl_c():
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        file = str(Path(place).resolve())
+        lines = [frame.lineno for frame in frames if frame.filename == file]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise RewardError(f"{what}: {said(error)}{where}") from error
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        if torch.get_default_device() != device:  # a device that is set costs time at every call
+            torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def may_be_ctrl_c() -> bool:
+    main = threading.current_thread() is threading.main_thread()
+    return main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def said(error: BaseException) -> str:
+    """The error's kind and the first line of its message, cut where it is very long."""
+    kind = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # its own __str__ fails
+        return kind
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])  # "Error(s) in ...:"
+    if isinstance(error, RewardError):
+        return line or kind  # a sentence of ours
+    return f"{kind}: {line[:LONGEST]}" if line else kind

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
-from rewards import to_bytes
+from rewards import RewardError, to_bytes
 
 CLIP = "openai/clip-vit-large-patch14"
 WEIGHTS = (
@@ -27,6 +28,22 @@ def predictor(state: dict[str, Tensor]) -> nn.Sequential:
     return layers.eval()
 
 
+def read_head(file: str) -> dict[str, Tensor]:
+    """The tensors of a file, or of a URL, which is fetched once and kept in torch's cache.
+
+    Raises FileNotFoundError rather than fetch it while HF_HUB_OFFLINE is set, which torch's own
+    cache knows nothing of.
+    """
+    from huggingface_hub import constants
+
+    if "://" not in file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(file).path).name
+    if constants.HF_HUB_OFFLINE and not kept.exists():
+        raise FileNotFoundError(f"{file} is not in {kept.parent}")
+    return torch.hub.load_state_dict_from_url(file, map_location="cpu", weights_only=True)
+
+
 def load(device: torch.device | str, model: str | None = None):
     """The predicted rating from CLIP ViT-L/14's normalised embedding of the image.
 
@@ -34,11 +51,10 @@ def load(device: torch.device | str, model: str | None = None):
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    name, weights = (model or f"{CLIP},{WEIGHTS}").split(",")
-    if Path(weights).exists():
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    else:
-        state = torch.hub.load_state_dict_from_url(weights, map_location="cpu", weights_only=True)
+    name, comma, weights = (model or f"{CLIP},{WEIGHTS}").rpartition(",")
+    if not comma:
+        raise RewardError(f"its weights are given as clip,head.pth, got {model!r}")
+    state = read_head(weights)
     processor = AutoImageProcessor.from_pretrained(name)
     clip = AutoModel.from_pretrained(name).eval().to(device)
     head = predictor(state).to(device)

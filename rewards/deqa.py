@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rewards import RewardError, to_bytes
 
 MODEL = "zhiyuanyou/DeQA-Score-Mix3"
 BEFORE = "USER: How would you rate the quality of this image?\n"
@@ -21,7 +24,7 @@ AFTER = "\nASSISTANT: The quality of the image is"
 LEVELS = ("bad", "poor", "fair", "good", "excellent")  # 1 to 5
 
 
-class EyeLayer(nn.Module):
+class VisionLayer(nn.Module):
     """A layer of the ViT, CLIP's but for how the queries, keys and values are stored."""
 
     def __init__(self, config: dict):
@@ -47,7 +50,7 @@ class EyeLayer(nn.Module):
         return x + self.mlp["fc2"](hidden * torch.sigmoid(1.702 * hidden))  # CLIP's "quick" GELU
 
 
-class Eye(nn.Module):
+class Vision(nn.Module):
     """(B, 3, side, side) -> (B, 1 + patches, width)."""
 
     def __init__(self, config: dict):
@@ -61,7 +64,7 @@ class Eye(nn.Module):
         self.embeddings.pre_layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(
-            EyeLayer(config) for _ in range(config["num_hidden_layers"])
+            VisionLayer(config) for _ in range(config["num_hidden_layers"])
         )
         self.post_layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
 
@@ -165,8 +168,8 @@ def build(config: dict, start: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    eye, abstractor = (config["visual_config"][k] for k in ("visual_model", "visual_abstractor"))
-    tokens = 1 + (eye["image_size"] // eye["patch_size"]) ** 2
+    vision, abstractor = (config["visual_config"][k] for k in ("visual_model", "visual_abstractor"))
+    tokens = 1 + (vision["image_size"] // vision["patch_size"]) ** 2
     image = (start, start + abstractor["num_learnable_queries"] + 1)
     keys = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
@@ -184,14 +187,14 @@ def build(config: dict, start: int) -> nn.Module:
                 (layer.self_attn, other.self_attn, "v_proj"),
             ):
                 setattr(owner, name, Multiway(getattr(owner, name), getattr(its, name), image))
-        model.model.vision_model = Eye(eye)
+        model.model.vision_model = Vision(vision)
         model.model.visual_abstractor = Abstractor(abstractor, tokens, language.hidden_size)
     model.model.rotary_emb = LlamaRotaryEmbedding(language)  # holds values that no file has
     return model.eval()
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's shards. Raises FileNotFoundError if it has none."""
+    """All tensors of a folder's shards. Raises RewardError if it has none."""
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = {}
@@ -200,50 +203,67 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for file in [] if state else sorted(folder.glob("pytorch_model*.bin")):
         state |= torch.load(file, map_location="cpu", weights_only=True)
     if not state:
-        raise FileNotFoundError(f"{folder} has no weights")
+        raise RewardError(f"{folder} has no weights: no *.safetensors, no pytorch_model*.bin")
     return {name: x for name, x in state.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def squares(pixels: np.ndarray, grey: list[int]) -> np.ndarray:
+    """Pictures (N, H, W, 3) in the middle of squares (N, S, S, 3), S the longer side."""
+    number, height, width, _ = pixels.shape
+    side = max(height, width)
+    square = np.empty((number, side, side, 3), np.uint8)
+    square[:] = grey
+    y, x = (side - height) // 2, (side - width) // 2
+    square[:, y : y + height, x : x + width] = pixels
+    return square
 
 
 def load(device: torch.device | str, model: str | None = None):
     """DeQA-Score, the expected level from 1, bad, to 5, excellent.
 
     8 B parameters, 16 GB in float16 (weights: MIT and LLaMA 2's licence). model: another of its
-    kind, by name or folder. Written from the published architecture; the published weights
-    themselves have not been run through it.
+    kind, by name or folder, with config.json, preprocessor_config.json, tokenizer.model and its
+    tensors. The code that lies beside the published weights is not run. Written from the published
+    architecture; the published weights themselves have not been run through it.
     """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise RewardError("it needs `pip install sentencepiece`") from None
     from huggingface_hub import snapshot_download
-    from transformers import AutoImageProcessor, AutoTokenizer
 
     name = model or MODEL
-    patterns = ["*.json", "*.model", "*.safetensors", "pytorch_model*.bin"]
+    patterns = ["*.json", "tokenizer.model", "*.safetensors", "pytorch_model*.bin"]
     folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=patterns))
-    config = json.loads((folder / "config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = AutoImageProcessor.from_pretrained(folder)
-    before, after = (tokenizer(text)["input_ids"] for text in (BEFORE, AFTER))
-    after = after[1:]  # a text begins but once
-    levels = [tokenizer(level)["input_ids"][1] for level in LEVELS]
+    for needed in ("config.json", "preprocessor_config.json", "tokenizer.model"):
+        if not (folder / needed).is_file():
+            raise RewardError(f"{folder} has no {needed}")
+    # Imported here, because the import warns where torchvision is missing.
+    from transformers import CLIPImageProcessor
+
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    # SentencePiece itself, not transformers' tokenizer, which asks whether to run the code of
+    # config.json's auto_map; the tests compare their tokens.
+    words = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    before, after = [words.bos_id(), *words.encode(BEFORE)], words.encode(AFTER)
+    levels = [words.encode(level)[0] for level in LEVELS]
     network = build(config, start=len(before))
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     tensors = {key: x.to(device, dtype) for key, x in read_tensors(folder).items()}
     network.load_state_dict(tensors, assign=True)
     network.to(device)
-    background = torch.tensor(processor.image_mean)[:, None, None]
+    grey = [int(255 * x) for x in processor.image_mean]  # truncated, as the published code does
+    tokens = torch.tensor([*before, *after], device=device)
 
     @torch.no_grad()
     def deqa(images: Tensor, prompts: list[dict]) -> Tensor:
-        height, width = images.shape[2:]
-        side = max(height, width)
-        square = background.repeat(len(images), 1, side, side)
-        y, x = (side - height) // 2, (side - width) // 2
-        square[:, :, y : y + height, x : x + width] = images.float().cpu()
-        pixels = (square * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = squares(to_bytes(images), grey)
         inputs = processor(list(pixels), return_tensors="pt")["pixel_values"].to(device, dtype)
         seen = network.model.visual_abstractor(network.model.vision_model(inputs))
-        words = network.model.embed_tokens(torch.tensor([*before, *after], device=device))
-        words = words.expand(len(seen), -1, -1)
+        text = network.model.embed_tokens(tokens).expand(len(seen), -1, -1)
         cut = len(before)
-        embeds = torch.cat([words[:, :cut], seen, words[:, cut:]], 1)
+        embeds = torch.cat([text[:, :cut], seen, text[:, cut:]], 1)
         logits = network(inputs_embeds=embeds, use_cache=False).logits[:, -1, levels].float()
         return logits.softmax(1) @ torch.arange(1.0, 6.0, device=device)
 

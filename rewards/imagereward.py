@@ -90,10 +90,12 @@ def load(device: torch.device | str, model: str | None = None):
     published weights themselves have not been run through it.
     """
     from huggingface_hub import hf_hub_download
-    from transformers import AutoTokenizer, CLIPImageProcessor
 
     name, _, file = (model or "").rpartition(",")
     file = file or hf_hub_download(MODEL, FILE)
+    # Imported here, because the import warns where torchvision is missing.
+    from transformers import AutoTokenizer, CLIPImageProcessor
+
     state = torch.load(Path(file), map_location="cpu", weights_only=True)
     vision, text = (tower.to(device) for tower in towers(state))
     head = predictor(part(state, "mlp.")).to(device)

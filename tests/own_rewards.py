@@ -32,3 +32,20 @@ def raising(images, prompts):
 
 def too_few(images, prompts):
     return images.mean((1, 2, 3))[1:]
+
+
+def darkening(images, prompts):
+    """Works in place, on whatever it is given."""
+    images.mul_(-1)
+    for prompt in prompts:
+        prompt["prompt"] = ""
+    prompts.clear()
+    return -images.mean((1, 2, 3))
+
+
+def leaving(images, prompts):
+    raise SystemExit(0)
+
+
+def interrupting(images, prompts):
+    raise KeyboardInterrupt

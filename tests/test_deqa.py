@@ -1,25 +1,27 @@
 """DeQA's model: each part against another implementation of the same mathematics."""
 
 import json
+import shutil
+import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
+    LlamaTokenizer,
 )
 
 import rewards
 from rewards import deqa
 
 CONFIG = {
-    "vocab_size": 40,
+    "vocab_size": 350,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -62,10 +64,10 @@ def network():
     return network
 
 
-def test_the_eye_is_clips_but_for_the_order_of_its_weights(network):
-    eye, config = network.model.vision_model, CONFIG["visual_config"]["visual_model"]
+def test_the_vision_tower_is_clips_but_for_the_order_of_its_weights(network):
+    tower, config = network.model.vision_model, CONFIG["visual_config"]["visual_model"]
     clip = CLIPVisionModel(CLIPVisionConfig(**config, hidden_act="quick_gelu")).eval()
-    state = eye.state_dict()
+    state = tower.state_dict()
     theirs = {
         "embeddings.class_embedding": state["embeddings.cls_token"][0, 0],
         "embeddings.patch_embedding.weight": state["embeddings.patch_embed.weight"],
@@ -93,8 +95,8 @@ def test_the_eye_is_clips_but_for_the_order_of_its_weights(network):
     clip.load_state_dict({prefix + name: x for name, x in theirs.items()}, strict=False)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = eye.post_layernorm(clip(pixels).last_hidden_state)
-        assert torch.allclose(eye(pixels), expected, atol=1e-5)
+        expected = tower.post_layernorm(clip(pixels).last_hidden_state)
+        assert torch.allclose(tower(pixels), expected, atol=1e-5)
 
 
 def test_the_abstractor_by_hand(network):
@@ -163,43 +165,95 @@ def test_multiway_takes_the_pictures_twin_for_the_pictures_tokens():
     assert two(x).flatten().tolist() == [1, -2, -3, 4, 5]
 
 
-def test_the_score_is_the_expected_level(network, tmp_path):
-    words = "<s> <unk> USER: How ASSISTANT: The quality of the image is".split()
-    vocabulary = {word: i for i, word in enumerate([*words, *deqa.LEVELS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
+@pytest.fixture(scope="module")
+def published(network, tmp_path_factory):
+    """A folder laid out as the published one: SentencePiece's file alone, and code of its own."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="pip install sentencepiece")
+    folder = tmp_path_factory.mktemp("deqa")
+    texts = [deqa.BEFORE.strip(), deqa.AFTER.strip(), *deqa.LEVELS * 9]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=350,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
     )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
-    size = {"size": {"shortest_edge": 16}, "crop_size": 16}
-    CLIPImageProcessor(**size).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    start = len(tokenizer.encode(deqa.BEFORE).ids)
+    (folder / "tokenizer.vocab").unlink()
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    others = {"model_type": "mplug_owl2", "auto_map": classes}
+    (folder / "own.py").write_text("raise SystemExit('its own code was run')")
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **others}))
+    tokenizer = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    tokenizer |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    size = {"size": 16, "crop_size": 16, "feature_extractor_type": "CLIPFeatureExtractor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(size))
     state = network.state_dict()
-    save_file({name: x.contiguous() for name, x in state.items()}, tmp_path / "model.safetensors")
+    save_file({name: x.contiguous() for name, x in state.items()}, folder / "model.safetensors")
+    return folder
 
-    reward = rewards.load("deqa", "cpu", str(tmp_path))
+
+def test_the_score_is_the_expected_level(network, published, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on the terminal"))
+    reward = rewards.load("deqa", "cpu", str(published))
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
     scores = reward(images, [{"prompt": "what it shows plays no part"}] * 2)
     assert scores.shape == (2,) and ((scores > 1) & (scores < 5)).all() and scores[0] != scores[1]
 
-    processor = CLIPImageProcessor(**size)
+    tokenizer = LlamaTokenizer.from_pretrained(published)
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     inputs = processor(list(pixels), return_tensors="pt")["pixel_values"]
-    ids = [*tokenizer.encode(deqa.BEFORE).ids, *tokenizer.encode(deqa.AFTER).ids[1:]]
+    before, after = (tokenizer(text)["input_ids"] for text in (deqa.BEFORE, deqa.AFTER))
+    start, ids = len(before), [*before, *after[1:]]
+    assert before[0] == after[0] == tokenizer.bos_token_id and len(ids) > 20
+    levels = [tokenizer(level)["input_ids"][1] for level in deqa.LEVELS]
+    assert tokenizer.convert_ids_to_tokens(levels) == [f"\u2581{level}" for level in deqa.LEVELS]
     whole = deqa.build(CONFIG, start)
-    whole.load_state_dict(state, assign=True)
+    whole.load_state_dict(network.state_dict(), assign=True)
     with torch.no_grad():
         words = whole.model.embed_tokens(torch.tensor(ids))
         picture = whole.model.visual_abstractor(whole.model.vision_model(inputs))[0]
         embeds = torch.cat([words[:start], picture, words[start:]])[None]
         logits = whole(inputs_embeds=embeds).logits[0, -1]
-    chances = torch.stack([logits[vocabulary[level]] for level in deqa.LEVELS]).softmax(0)
+    chances = logits[levels].softmax(0)
     expected = sum((i + 1) * chance for i, chance in enumerate(chances.tolist()))
     assert scores[0].item() == pytest.approx(expected, abs=1e-4)
 
     wide = torch.cat([images[:, :, :8], images[:, :, 8:]], 3)  # 8 x 32: padded, not cut
-    padded = torch.tensor(processor.image_mean)[:, None, None].repeat(2, 1, 32, 32)
+    padded = (torch.tensor([122, 116, 104]) / 255)[:, None, None].repeat(2, 1, 32, 32)
     padded[:, :, 12:20] = wide
-    assert torch.allclose(reward(wide, [{}] * 2), reward(padded, [{}] * 2), atol=1e-4)
+    assert torch.allclose(reward(wide, [{}] * 2), reward(padded, [{}] * 2), atol=1e-6)
+
+
+def test_a_square_is_filled_around_the_picture():
+    picture = np.arange(12, dtype=np.uint8).reshape(1, 1, 4, 3)
+    wide, tall = deqa.squares(picture, [7, 8, 9]), deqa.squares(picture.swapaxes(1, 2), [7, 8, 9])
+    assert wide.shape == tall.shape == (1, 4, 4, 3) and wide.dtype == np.uint8
+    assert (wide[:, 1] == picture[:, 0]).all() and (tall[:, :, 1] == picture[:, 0]).all()
+    assert (wide[:, [0, 2, 3]] == [7, 8, 9]).all() and (tall[:, :, [0, 2, 3]] == [7, 8, 9]).all()
+    assert (deqa.squares(picture[:, :, :1], [0, 0, 0]) == picture[:, :, :1]).all()
+
+
+def test_what_is_missing_is_named_before_weights_are_read(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(deqa, "read_tensors", lambda folder: pytest.fail("weights were read"))
+    for missing in ("config.json", "preprocessor_config.json", "tokenizer.model"):
+        shutil.copytree(published, tmp_path / missing)
+        (tmp_path / missing / missing).unlink()
+        with pytest.raises(rewards.RewardError, match=f"deqa: .* has no {missing}$"):
+            rewards.load("deqa", "cpu", str(tmp_path / missing))
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetched")
+    )
+    with pytest.raises(rewards.RewardError, match="deqa: it needs `pip install sentencepiece`$"):
+        rewards.load("deqa", "cpu")
+
+
+def test_a_folder_without_weights_is_named(published, tmp_path):
+    shutil.copytree(published, tmp_path / "none", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(rewards.RewardError, match=r"none has no weights: no \*.safetensors, no "):
+        rewards.load("deqa", "cpu", str(tmp_path / "none"))

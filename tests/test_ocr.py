@@ -1,9 +1,12 @@
 """The text-rendering reward, by real OCR on signs that are drawn here."""
 
+import sys
+
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+import rewards
 from rewards import ocr
 
 TARGETS = {
@@ -15,6 +18,8 @@ TARGETS = {
     "a sign that says ‘Don’t Panic’": "Don’t Panic",
     "a dog's sign that says 'Open', at night": "Open",
     'a poster with "First" above and "Second" below': "First Second",
+    "a poster with 'First' above and ‘Second’ below": "First Second",
+    "a 'retro' sign of ‘the’ “old” kind that says \"Open\"": "Open",
     "'Now' is written on the wall": "Now",
     "a cafe ('Bar')": "Bar",
     "it says \"It's 5 o'clock\" in chalk": "It's 5 o'clock",
@@ -28,7 +33,7 @@ def test_the_target_is_what_is_quoted(prompt):
 
 @pytest.mark.parametrize("prompt", ["a dog", "the dogs' owner's hat", 'nothing in ""', "don't"])
 def test_a_prompt_that_quotes_nothing_is_named(prompt):
-    with pytest.raises(ValueError, match="no text in quotation marks in the prompt"):
+    with pytest.raises(rewards.RewardError, match="no text in quotation marks in the prompt"):
         ocr.target_text(prompt)
 
 
@@ -86,6 +91,7 @@ SIGNS = {  # the picture, and the least and the most it may get for "OPEN DAILY"
     "a letter missing": (lambda: to_tensor(sign("OPEN DALY")), 1 - 1 / 9, 1 - 1 / 9),
     "another text": (lambda: to_tensor(sign("NO EXIT")), 0, 0.35),
     "blank": (lambda: to_tensor(sign("")), 0, 0),
+    "upside down": (lambda: to_tensor(sign("OPEN DAILY", angle=180)), 0, 0.6),
 }
 
 
@@ -101,3 +107,9 @@ def test_each_picture_has_its_own_prompt(reward):
     prompts = [{"prompt": f"it says '{text}'"} for text in ("OPEN", "EXIT", "EXIT")]
     assert reward(images, prompts) == [1, 1, 0]
     assert reward(images, prompts) == [1, 1, 0]  # what was read before plays no part
+
+
+def test_its_packages_are_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    with pytest.raises(rewards.RewardError, match="ocr: it needs `pip install rapidocr .*fuzz`$"):
+        rewards.load("ocr", "cpu")

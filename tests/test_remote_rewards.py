@@ -3,19 +3,20 @@
 import base64
 import io
 import json
+import math
 import re
 import socket
+import textwrap
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import rewards
-from rewards import http, unifiedreward
+from rewards import http
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 PROMPTS = [{"prompt": text, "tag": "x"} for text in ("a dog", "a cat", "a bird")]
@@ -23,7 +24,7 @@ PROMPTS = [{"prompt": text, "tag": "x"} for text in ("a dog", "a cat", "a bird")
 
 @pytest.fixture
 def server(monkeypatch):
-    """A scorer; `answer` says what it does next: a list of (code, text) or callables."""
+    """A reward's server; `answers` says what it does next: a list of (code, text) or callables."""
     monkeypatch.setattr(http, "PAUSE", 0.01)
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,6 +36,8 @@ def server(monkeypatch):
             code, text = reply(content) if callable(reply) else reply
             try:
                 self.send_response(code)
+                if listening.announce:
+                    self.send_header("Content-Length", str(listening.announce))
                 self.end_headers()
                 self.wfile.write(text.encode())
             except OSError:
@@ -45,7 +48,7 @@ def server(monkeypatch):
 
     asked, answers, lock = [], [], threading.Lock()
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listening.asked, listening.answers = asked, answers
+    listening.asked, listening.answers, listening.announce = asked, answers, 0
     listening.url = f"http://127.0.0.1:{listening.server_port}"
     threading.Thread(target=listening.serve_forever, daemon=True).start()
     yield listening
@@ -84,7 +87,7 @@ def test_a_server_that_fails_is_tried_again(server):
         ((200, "[1, 2]"), "answered no JSON object", 1),
         ((200, '{"score": 1}'), r"answered no \"scores\", but \['score'\]", 1),
         ((200, '{"scores": [1, 2]}'), r"must return 3 scores, got \(2,\)", 1),
-        ((200, '{"scores": ["a", "b", "c"]}'), "reward http failed", 1),
+        ((200, '{"scores": ["a", "b", "c"]}'), "must return 3 scores, got a list that holds no", 1),
     ],
 )
 def test_nonsense_is_named(reply, message, attempts, server):
@@ -100,15 +103,28 @@ def test_a_server_that_stalls_or_is_not_there_ends_in_time(server, monkeypatch):
     server.answers.append(lambda content: time.sleep(1) or (200, "{}"))
     for url in (server.url, "http://127.0.0.1:9"):
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match="gave no answer"):
+        with pytest.raises(rewards.RewardError, match="gave no answer"):
             rewards.load("http", "cpu", url)(IMAGES, PROMPTS)
         assert time.monotonic() - start < 5
 
 
+def test_half_an_answer_is_tried_again(server):
+    """The server closes the connection before it has sent what it announced."""
+    server.answers.append(brightness)
+    server.announce = 10**6
+    reward = rewards.load("http", "cpu", server.url)
+    with pytest.raises(rewards.RewardError, match="gave no answer .IncompleteRead"):
+        reward(IMAGES, PROMPTS)
+    assert len(server.asked) == http.ATTEMPTS
+
+
 @pytest.mark.parametrize("name", ["http", "unifiedreward"])
-def test_the_address_is_asked_for(name):
-    with pytest.raises(ValueError, match=f"--reward_model {name}=http://host:port"):
-        rewards.load(name, "cpu")
+@pytest.mark.parametrize("model", [None, "", "localhost:8000", "http://", "/file", "http://a:b/"])
+def test_the_address_is_asked_for(name, model):
+    with pytest.raises(rewards.RewardError) as caught:
+        rewards.load(name, "cpu", model)
+    example = f"{name}: it needs its server's address: --reward_model {name}=http://host:port/"
+    assert example in str(caught.value) and str(caught.value).count("got") == bool(model)
 
 
 def completion(text):
@@ -140,46 +156,67 @@ def test_unifiedreward_asks_for_each_picture_at_once(server):
         ("Final Score: 4", 4),
         ("... Final Score: 3.5", 3.5),
         ("**Final Score:** 2", 2),
-        ("final score: 5/5", 5),
+        ("final score: [5/5]", 5),
+        ("Final Score: 4, not Final Score: 2", 4),
+        ("Final Score: 9? No. Final Score: 3", 3),
+        ("", None),
+        ("4", None),
+        ("Final Score: high", None),
+        ("Final Score: 9", None),
+        ("Final Score: 45", None),
+        ("Final Score: 0", None),
+        ("Final Score: -3", None),
     ],
 )
-def test_scores_that_are_read(answer, score):
-    assert unifiedreward.read_score(answer) == score
+def test_the_first_score_counts_and_none_is_nan(answer, score, server):
+    def some(content):  # one of the three pictures is answered otherwise
+        asked = content["messages"][0]["content"][1]["text"]
+        return completion(answer if asked.endswith("a cat") else "Final Score: 1")
 
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "",
-        "4",
-        "Final Score: high",
-        "Final Score: 9",
-        "Final Score: 0",
-        "Final Score: 4 Final Score: 2",
-    ],
-)
-def test_scores_that_are_refused(answer, server):
-    with pytest.raises(ValueError, match="no single score from 1 to 5"):
-        unifiedreward.read_score(answer)
-    server.answers.append(completion(answer))
+    server.answers.append(some)
     reward = rewards.load("unifiedreward", "cpu", server.url)
-    with pytest.raises(rewards.RewardError, match="no single score from 1 to 5"):
-        rewards.score("unifiedreward", reward, IMAGES, PROMPTS)
+    found = rewards.score("unifiedreward", reward, IMAGES, PROMPTS).tolist()
+    assert found == pytest.approx([1, math.nan if score is None else score, 1], nan_ok=True)
+
+
+def test_the_question_is_a_template(server, tmp_path):
+    file = tmp_path / "question.txt"
+    file.write_bytes('\ufeffIs {prompt}, as {"caption": [{prompt}]},\r\nthere?\n'.encode())
+    server.answers.append(completion("Final Score: 1"))
+    model = f"{server.url}/v1,template={file}"
+    braces = [{"prompt": text} for text in ("a {prompt}", "{0}", "\\1")]
+    assert rewards.load("unifiedreward", "cpu", model)(IMAGES, braces) == [1, 1, 1]
+    asked = [content["messages"][0]["content"][1]["text"] for _, content in server.asked]
+    expected = [
+        f'Is {prompt["prompt"]}, as {{"caption": [{prompt["prompt"]}]}},\nthere?'
+        for prompt in braces
+    ]
+    assert sorted(asked) == sorted(expected)
+    assert {path for path, _ in server.asked} == {"/v1/chat/completions"}
+
+    for content, message in (
+        (b"Caption: {}", "has no {prompt}, where the prompt goes$"),
+        (b"\xff {prompt}", "cannot read the template .*utf-8"),
+        (None, "cannot read the template .*No such file"),
+    ):
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(rewards.RewardError, match=f"reward unifiedreward: .*{message}"):
+            rewards.load("unifiedreward", "cpu", model)
 
 
 def test_an_endpoint_that_is_none(server):
     server.answers.append((200, '{"error": "no such model"}'))
-    with pytest.raises(RuntimeError, match="answered no chat completion"):
+    with pytest.raises(rewards.RewardError, match="answered no chat completion"):
         rewards.load("unifiedreward", "cpu", server.url)(IMAGES, PROMPTS)
 
 
-def test_the_scorer_in_the_readme_works():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(import base64.*?)```", readme, re.DOTALL)
+def test_the_server_in_the_docstring_works():
+    code = textwrap.dedent(re.search(r"\n(    import base64.*)", http.__doc__, re.DOTALL)[1])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    assert '("", 8000)' in code
     code = code.replace('("", 8000)', f'("127.0.0.1", {port})')
-    scope = {"my_scores": lambda images, texts: [len(text) for text in texts]}
+    scope = {"my_reward": lambda images, texts: [len(text) for text in texts]}
     threading.Thread(target=exec, args=(code, scope), daemon=True).start()
     reward = rewards.load("http", "cpu", f"http://127.0.0.1:{port}/")
     assert reward(IMAGES, PROMPTS) == [5, 5, 6]

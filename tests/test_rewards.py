@@ -1,6 +1,16 @@
 """The rewards' interface, names and weights, and each reward on models built here."""
 
+import copy
 import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -39,14 +49,6 @@ def test_a_spec_is_a_name_and_a_weight(spec, expected):
     assert rewards.parse(spec) == expected
 
 
-def test_a_file_is_read_and_not_run_until_it_is_loaded(tmp_path):
-    file = tmp_path / "loud.py"
-    file.write_text("raise SystemExit('was run')\ndef f(images, prompts): return []\n")
-    assert rewards.parse(f"{file}:f") == (f"{file}:f", 1.0)
-    with pytest.raises(SystemExit, match="was run"):
-        rewards.load(f"{file}:f", "cpu")
-
-
 @pytest.mark.parametrize("name", [f"{OWN}:brightness", "own_rewards:brightness"])
 def test_own_rewards_by_file_and_by_package(name, images, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -55,18 +57,371 @@ def test_own_rewards_by_file_and_by_package(name, images, monkeypatch):
     assert torch.allclose(rewards.score(name, reward, images, PROMPTS), images.mean((1, 2, 3)))
 
 
+def test_helpers_beside_the_rewards_are_no_rewards(tmp_path, monkeypatch):
+    (tmp_path / "one.py").write_text("import torch\n\n\ndef load(device, model=None):\n    pass\n")
+    (tmp_path / "helper.py").write_text("def convert(file):\n    pass\n")
+    monkeypatch.setattr(rewards, "__file__", str(tmp_path / "__init__.py"))
+    assert rewards.names() == ["one"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Writes a file with a reward f, or another, and gives its name as a reward."""
+
+    def write(source, function="f", folder="own"):
+        file = tmp_path / folder / "mine.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(source if isinstance(source, bytes) else source.encode())
+        return f"{file}:{function}"
+
+    path, modules = list(sys.path), set(sys.modules)
+    yield write
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name.startswith("reward_") or name in ("beside", "later", "mine"):
+            del sys.modules[name]
+
+
+REFUSED = {  # as it is read: the file's source, and the line
+    "def g(images, prompts): return f2": r"own/mine.py defines no function f$",
+    "def f(images, prompts)\n": r"own/mine.py:f': SyntaxError: expected ':' .mine.py, line 1.$",
+    "x = 1\n  f = 2": "IndentationError: unexpected indent .mine.py, line 2.$",
+    "return f": "SyntaxError: 'return' outside function",
+    "f = '\0'": "null bytes$",
+    b"f = '\xff'": "SyntaxError: .*utf-8",
+    "f = " + "(" * 400 + ")" * 400: "too many nested parentheses",
+}
+
+
+@pytest.mark.parametrize("source", REFUSED, ids=range(len(REFUSED)))
+def test_a_file_that_cannot_have_the_reward_is_refused_unrun(source, own):
+    name = own(source)
+    with pytest.raises(rewards.RewardError, match=REFUSED[source]) as caught:
+        rewards.parse(name)
+    assert str(caught.value).startswith(repr(name)) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("reward", "message"),
+    ("spec", "message"),
     [
-        (lambda images, prompts: 1 / 0, "reward mine failed .* 'a red circle': ZeroDivisionError"),
-        (lambda images, prompts: [1.0], r"mine must return 3 scores, got \(1,\), of prompt 'a red"),
-        (lambda images, prompts: [[1.0]] * 3, r"mine must return 3 scores, got \(3, 1\)"),
-        (lambda images, prompts: ["good"] * 3, "reward mine failed"),
+        ("magic", "no reward 'magic': give aesthetic, "),
+        ("pickscore=", "the weight must be a number, got ''"),
+        ("pickscore=0", "'pickscore=0': a weight of 0 trains nothing; --eval_reward watches it"),
+        ("pickscore=nan", "the weight must be a number, got 'nan'"),
+        ("nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py"),
+        ("x" * 5000 + ".py:f", "OSError: .* File name too long"),
+        (f"{Path(__file__).parent}:f", "there is no package .*; the name of a file ends in .py"),
+        (":f", "there is no package ;"),
+        ("..:f", "there is no package ;"),
+        ("own.py:", "a function's name must follow the colon, got ''"),
+        ("own.py:f()", r"a function's name must follow the colon, got 'f\(\)'"),
     ],
 )
+def test_a_spec_that_names_no_reward(spec, message):
+    with pytest.raises(rewards.RewardError, match=message) as caught:
+        rewards.parse(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_may_have_an_equals_sign(own):
+    name = own("f = len", folder="a=b")
+    assert rewards.parse(name) == (name, 1) and rewards.parse(f"{name}=2") == (name, 2)
+
+
+KINDS = {  # all that can be called is a reward
+    "def": "def f(images, prompts):\n    return images.mean((1, 2, 3))",
+    "lambda": "f = lambda images, prompts: images.mean((1, 2, 3))",
+    "import": "from beside import mean as f",
+    "star": "from beside import *",
+    "partial": "import functools, beside\nf = functools.partial(beside.mean_over, (1, 2, 3))",
+    "module": "import torch, beside\nclass Mean(torch.nn.Module):\n"
+    "    def forward(self, images, prompts):\n        return beside.mean(images, prompts)\n"
+    "f = Mean()",
+    "decorator": "import functools\ndef loud(g):\n    @functools.wraps(g)\n"
+    "    def inner(*given):\n        return g(*given)\n    return inner\n"
+    "@loud\ndef f(images, prompts):\n    return images.mean((1, 2, 3))",
+    "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    "@dataclass\nclass Mean:\n    dims: tuple[int, ...] = (1, 2, 3)\n"
+    "    def __call__(self, images, prompts):\n        return images.mean(self.dims)\n"
+    "f = Mean()",
+    "pickle": "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))\n"
+    "def f(images, prompts): return images.mean((1, 2, 3))",
+    "lazy": "def f(images, prompts):\n    import later\n    return later.mean(images, prompts)",
+    "byte-order mark": "\ufefff = lambda images, prompts: images.mean((1, 2, 3))",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_rewards_of_every_kind(kind, own, images, tmp_path):
+    name = own(KINDS[kind])
+    mean = "def mean(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    over = "def mean_over(dims, images, prompts):\n    return images.mean(dims)\nf = mean\n"
+    (tmp_path / "own" / "beside.py").write_text(mean + over)
+    (tmp_path / "own" / "later.py").write_text(mean)
+    assert rewards.parse(name) == (name, 1)
+    reward = rewards.load(name, "cpu")
+    assert torch.allclose(rewards.score(name, reward, images, PROMPTS), images.mean((1, 2, 3)))
+
+
+def test_a_file_is_run_once_and_hides_nothing(own, tmp_path):
+    """Two rewards of a file share what it loads; files beside it do not stand for the project's."""
+    name = own("import json, prompts\nloaded = []\nf = g = lambda images, prompts: loaded\n")
+    (tmp_path / "own" / "prompts.py").write_text("")
+    before = list(sys.path)
+    f, g = (rewards.load(name[:-1] + letter, "cpu") for letter in "fg")
+    assert f is g and sys.path == [*before, str(tmp_path / "own")]
+
+
+LOADING = {  # as it is loaded: the file's source, and what is said of it
+    "raise SystemExit(0)\nf = 1": "SystemExit: 0 .line 1.$",
+    "import sys\nsys.exit()\nf = 1": "SystemExit .line 2.$",
+    "import sys\nsys.exit('no key')\nf = 1": "SystemExit: no key .line 2.$",
+    "f = 1 / 0": "ZeroDivisionError: division by zero .line 1.$",
+    "import nothing_like_it\nf = 1": "ModuleNotFoundError: No module named 'nothing_like_it'",
+    "class B(BaseException): pass\nraise B('so')\nf = 1": "B: so .line 2.$",
+    "f = 1\nassert not f": "AssertionError .line 2.$",
+    "f = 1\nraise ValueError('\\n  a\\nb\\n' * 1000)": "ValueError: a .line 2.$",
+    "f = 1\nraise ValueError('x' * 10**6)": "ValueError: x{300} .line 2.$",
+    "class E(Exception):\n    def __str__(self): return 1 / 0\nraise E\nf = 1": "E .line 3.$",
+    "f = 'f'": "f is a str, and must be callable with images and prompts$",
+    "f2 = 'f'": "f is not there, and must be callable",
+    "def f(images): pass": "cannot be called with images and prompts .too many positional",
+    "def f(images, prompts, size): pass": "with images and prompts .missing a required .*'size'",
+}
+
+
+@pytest.mark.parametrize("source", LOADING, ids=range(len(LOADING)))
+def test_a_file_that_fails_is_one_line(source, own):
+    name = own(source)
+    assert rewards.parse(name)
+    for _ in range(2):  # nothing half loaded is kept
+        with pytest.raises(rewards.RewardError, match=LOADING[source]) as caught:
+            rewards.load(name, "cpu")
+        assert str(caught.value).startswith(f"cannot load the reward {name}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_package_that_fails_is_one_line(own, monkeypatch, tmp_path):
+    own("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(str(tmp_path / "own"))
+    assert rewards.parse("mine:f")
+    with pytest.raises(rewards.RewardError, match="cannot load the reward mine:f: SystemExit: 0$"):
+        rewards.load("mine:f", "cpu")
+
+
+CHANGES = {
+    "torch.set_default_dtype(torch.float64)": torch.get_default_dtype,
+    "torch.set_grad_enabled(False)": torch.is_grad_enabled,
+    "torch.set_default_device('meta')": torch.get_default_device,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("end", ["return [1.0] * len(images)", "raise ValueError"])
+def test_what_foreign_code_sets_in_torch_ends_with_it(change, end, own, images):
+    asked, before = CHANGES[change], CHANGES[change]()
+    try:
+        file = f"import torch\n{change}\ndef f(images, prompts):\n    {change}\n    {end}"
+        name = own(file)
+        reward = rewards.load(name, "cpu")
+        assert asked() == before  # of what its import sets
+        try:
+            assert rewards.score(name, reward, images, PROMPTS).tolist() == [1, 1, 1]
+        except rewards.RewardError:
+            pass
+        assert asked() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        torch.set_default_device(None)
+
+
+def test_a_reward_has_images_and_prompts_of_its_own(images):
+    name, prompts = f"{OWN}:darkening", copy.deepcopy(PROMPTS)
+    kept, expected = images.clone(), images.mean((1, 2, 3))
+    reward = rewards.load(name, "cpu")
+    for _ in range(2):
+        assert torch.allclose(rewards.score(name, reward, images, prompts), expected)
+    assert torch.equal(images, kept) and prompts == PROMPTS
+
+
+def test_scores_are_of_their_own_and_without_gradients(images):
+    buffer, weight = torch.zeros(3), torch.ones(3, requires_grad=True)
+    first = rewards.score("mine", lambda images, prompts: buffer, images, PROMPTS)
+    buffer += 1
+    assert first.tolist() == [0, 0, 0] and first.dtype == torch.float32
+    seen = []
+    rewards.score(
+        "mine", lambda images, prompts: seen.append(weight * 2) or weight, images, PROMPTS
+    )
+    assert not seen[0].requires_grad
+
+
+def leave(*code):
+    raise SystemExit(*code)
+
+
+def fail(*message):
+    raise ValueError(*message)
+
+
+FAILING = [
+    (
+        lambda images, prompts: 1 / 0,
+        r"failed on images of prompt 'a red circle': ZeroDivisionError",
+    ),
+    (lambda images, prompts: leave(0), "'a red circle': SystemExit: 0$"),
+    (lambda images, prompts: leave(), "SystemExit$"),
+    (lambda images, prompts: fail(), "ValueError$"),
+    (lambda images, prompts: fail("a\nb\n" * 1000), "ValueError: a$"),
+    (lambda images, prompts: prompts[0].lower(), "'dict' object has no attribute 'lower'"),
+    (
+        lambda images, prompts: [1.0],
+        r"must return 3 scores, got \(1,\), of prompt 'a red",
+    ),
+    (lambda images, prompts: [[1.0]] * 3, r"must return 3 scores, got \(3, 1\)"),
+    (lambda images, prompts: torch.ones(3) * 1j, r"must return 3 scores, got complex \(3,\)"),
+    (lambda images, prompts: [1j] * 3, r"must return 3 scores, got complex \(3,\)"),
+    (
+        lambda images, prompts: ["good"] * 3,
+        "must return 3 scores, got a list that holds no numbers",
+    ),
+    (lambda images, prompts: "abc", "got a str that holds no numbers"),
+    (lambda images, prompts: None, "got a NoneType that holds no numbers"),
+    (lambda images, prompts: (1.0 for _ in images), "got a generator that holds no numbers"),
+    (lambda images, prompts: [10**400] * 3, "got a list that holds no numbers"),
+]
+
+
+@pytest.mark.parametrize(("reward", "message"), FAILING, ids=range(len(FAILING)))
 def test_a_reward_that_fails_is_named(reward, message, images):
-    with pytest.raises(rewards.RewardError, match=message):
+    with pytest.raises(rewards.RewardError, match=message) as caught:
         rewards.score("mine", reward, images, PROMPTS)
+    assert str(caught.value).startswith("reward mine ") and "\n" not in str(caught.value)
+
+
+def test_the_line_of_the_file_is_named(images):
+    name = f"{OWN}:leaving"
+    (line,) = (i for i, text in enumerate(open(OWN), 1) if "raise SystemExit(0)" in text)
+    with pytest.raises(rewards.RewardError, match=rf"own_rewards.py:leaving .* \(line {line}\)$"):
+        rewards.score(name, rewards.load(name, "cpu"), images, PROMPTS)
+
+
+def test_ctrl_c_passes_and_a_rewards_own_does_not(images):
+    """Under Python's handler it may be the user's; under one that remembers it never is."""
+    name, place = f"{OWN}:interrupting", signal.SIGINT
+    reward = rewards.load(name, "cpu")
+    with pytest.raises(KeyboardInterrupt):
+        rewards.score(name, reward, images, PROMPTS)
+    with pytest.raises(KeyboardInterrupt):  # a real one
+        rewards.score("mine", lambda *_: os.kill(os.getpid(), place), images, PROMPTS)
+    remembered = []
+    before = signal.signal(place, lambda *_: remembered.append(1))
+    try:
+        with pytest.raises(rewards.RewardError, match="'a red circle': KeyboardInterrupt"):
+            rewards.score(name, reward, images, PROMPTS)
+        asked = rewards.score(
+            "mine", lambda *_: os.kill(os.getpid(), place) or [1] * 3, images, PROMPTS
+        )
+        assert asked.tolist() == [1, 1, 1] and remembered == [1]
+    finally:
+        signal.signal(place, before)
+    with ThreadPoolExecutor(1) as pool:  # where no Ctrl-C arrives
+        with pytest.raises(rewards.RewardError, match="KeyboardInterrupt"):
+            pool.submit(rewards.score, name, reward, images, PROMPTS).result()
+
+
+def test_the_example_in_the_docstring_works(own, images):
+    example = textwrap.dedent(re.search(r"\n( +def .*?\n)\n", rewards.__doc__, re.DOTALL)[1])
+    assert len(example.splitlines()) == 3
+    function = re.match(r"def (\w+)", example)[1]
+    name = own(example, function)
+    assert rewards.parse(name) == (name, 1)
+    scores = rewards.score(name, rewards.load(name, "cpu"), images, PROMPTS)
+    blueness = (images[:, 2] - images[:, 0]).mean((1, 2))
+    assert torch.allclose(scores, blueness * torch.tensor([-1.0, 1, -1]))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers to every request that there is no such thing."""
+    from huggingface_hub import constants
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    asked = []
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield asked
+    listening.shutdown()
+    listening.server_close()
+
+
+def test_the_hub_is_asked_for_what_is_not_here(hub, monkeypatch):
+    """Weights that are here are loaded unasked; others after one request that is answered."""
+    from huggingface_hub import constants
+
+    from rewards import compressibility
+
+    def load(device, model=None):
+        tried.append(constants.HF_HUB_OFFLINE)
+        if not model and constants.HF_HUB_OFFLINE:
+            raise FileNotFoundError("not here\nat all")
+        return len
+
+    tried = []
+    monkeypatch.setattr(compressibility, "load", load)
+    assert rewards.load("compressibility", "cpu", "folder") is len and not hub and tried == [True]
+    assert rewards.load("compressibility", "cpu") is len
+    assert hub == ["/"] and tried == [True, True, False] and not constants.HF_HUB_OFFLINE
+
+    with pytest.raises(rewards.RewardError, match="not all that it needs is on this machine$"):
+        rewards.load("compressibility", "cpu", fetch=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    line = "not all that it needs .*; unset HF_HUB_OFFLINE, or .* --reward_model compressibility="
+    with pytest.raises(rewards.RewardError, match=line):
+        rewards.load("compressibility", "cpu")
+    assert hub == ["/"] and constants.HF_HUB_OFFLINE
+
+
+def test_without_a_network_it_is_one_line_at_once(tmp_path):
+    """Sixty lines and two minutes each, when the hub's client is left to itself."""
+    named = ["pickscore", "aesthetic", "imagereward"]
+    code = f"""if True:
+        import time
+        import transformers, rewards
+        for name in {named}:
+            start = time.monotonic()
+            try:
+                rewards.load(name, "cpu")
+            except rewards.RewardError as error:
+                print(time.monotonic() - start, error)"""
+    places = {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, **places, **nobody, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name, line in zip(named, ran.stdout.splitlines(), strict=True):
+        seconds, line = line.split(" ", 1)
+        assert line.startswith(f"cannot load the reward {name}: ") and float(seconds) < 15
+        assert "http://127.0.0.1:9 does not answer" in line
+        assert f"--reward_model {name}=" in line and "HF_HUB_OFFLINE=1" in line
+    assert "Retrying" not in ran.stderr
 
 
 def test_compressibility_is_minus_the_size_as_jpeg(images):
@@ -133,17 +488,17 @@ def published_imagereward(width=128, hidden=64, patch=8, side=24):
         scale, shift = torch.rand(2, n, generator=generator)
         state[f"{name}.weight"], state[f"{name}.bias"] = scale + 0.5, shift
 
-    eye, reader = "blip.visual_encoder.", "blip.text_encoder."
-    put(f"{eye}cls_token", 1, 1, width)
-    put(f"{eye}pos_embed", 1, (side // patch) ** 2 + 1, width)
-    put(f"{eye}patch_embed.proj.weight", width, 3, patch, patch)
-    put(f"{eye}patch_embed.proj.bias", width)
+    seeing, reader = "blip.visual_encoder.", "blip.text_encoder."
+    put(f"{seeing}cls_token", 1, 1, width)
+    put(f"{seeing}pos_embed", 1, (side // patch) ** 2 + 1, width)
+    put(f"{seeing}patch_embed.proj.weight", width, 3, patch, patch)
+    put(f"{seeing}patch_embed.proj.bias", width)
     for i in range(2):
-        block = f"{eye}blocks.{i}."
+        block = f"{seeing}blocks.{i}."
         norm(f"{block}norm1", width), norm(f"{block}norm2", width)
         linear(f"{block}attn.qkv", 3 * width, width), linear(f"{block}attn.proj", width, width)
         linear(f"{block}mlp.fc1", 2 * width, width), linear(f"{block}mlp.fc2", width, 2 * width)
-    norm(f"{eye}norm", width)
+    norm(f"{seeing}norm", width)
     put(f"{reader}embeddings.word_embeddings.weight", 40, hidden)
     put(f"{reader}embeddings.position_embeddings.weight", 48, hidden)
     state[f"{reader}embeddings.position_ids"] = torch.arange(48)[None]
@@ -181,17 +536,17 @@ def imagereward_by_hand(state, pixels, ids, mask):
             scores = scores.masked_fill(~mask, -torch.inf)
         return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
-    eye, reader = "blip.visual_encoder.", "blip.text_encoder."
-    kernel = state[f"{eye}patch_embed.proj.weight"]
-    x = F.conv2d(pixels, kernel, state[f"{eye}patch_embed.proj.bias"], stride=kernel.shape[-1])
-    x = torch.cat([state[f"{eye}cls_token"][0], x.flatten(1).T]) + state[f"{eye}pos_embed"][0]
+    seeing, reader = "blip.visual_encoder.", "blip.text_encoder."
+    kernel = state[f"{seeing}patch_embed.proj.weight"]
+    x = F.conv2d(pixels, kernel, state[f"{seeing}patch_embed.proj.bias"], stride=kernel.shape[-1])
+    x = torch.cat([state[f"{seeing}cls_token"][0], x.flatten(1).T]) + state[f"{seeing}pos_embed"][0]
     for i in range(2):
-        block = f"{eye}blocks.{i}."
+        block = f"{seeing}blocks.{i}."
         qkv = linear(f"{block}attn.qkv", norm(f"{block}norm1", x, 1e-6)).chunk(3, -1)
         x = x + linear(f"{block}attn.proj", attend(*qkv))
         up = F.gelu(linear(f"{block}mlp.fc1", norm(f"{block}norm2", x, 1e-6)))
         x = x + linear(f"{block}mlp.fc2", up)
-    seen = norm(f"{eye}norm", x, 1e-6)
+    seen = norm(f"{seeing}norm", x, 1e-6)
 
     h = state[f"{reader}embeddings.word_embeddings.weight"][ids]
     h = h + state[f"{reader}embeddings.position_embeddings.weight"][: len(ids)]
@@ -244,5 +599,31 @@ def test_imagereward_of_another_file_is_refused(imagereward_files, tmp_path):
     state = torch.load(file, weights_only=True)
     del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.bias"]
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(RuntimeError, match="crossattention.self.key.bias"):
+    with pytest.raises(rewards.RewardError, match="crossattention.self.key.bias"):
         rewards.load("imagereward", "cpu", f"{words},{tmp_path / 'other.pt'}")
+
+
+def test_a_head_is_not_fetched_while_the_hub_is_off(monkeypatch, tmp_path):
+    """torch's own cache heeds no HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    from rewards import aesthetic
+
+    url, fetched = "https://nowhere.invalid/a%2Bb.pth", []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: fetched.append(a))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="a%2Bb.pth is not in"):
+        aesthetic.read_head(url)
+    assert not fetched
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "a%2Bb.pth").touch()
+    aesthetic.read_head(url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    aesthetic.read_head("https://nowhere.invalid/other.pth")
+    assert fetched == [(url,), ("https://nowhere.invalid/other.pth",)]
+
+
+def test_other_weights_of_aesthetic_are_two_things():
+    with pytest.raises(rewards.RewardError, match="weights are given as clip,head.pth, got 'clip'"):
+        rewards.load("aesthetic", "cpu", "clip")
