@@ -1,6 +1,7 @@
 """The evaluation, end to end on the tiny pipeline."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -393,7 +394,11 @@ def test_it_says_nothing_but_its_own(tiny, loras, prompts, tmp_path):
     """transformers speaks of torchvision, which nothing here needs."""
     line = flags(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=BRIGHTNESS)
     said = subprocess.run(
-        [sys.executable, "evaluate.py", *line], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "evaluate.py", *line],
+        cwd=ROOT,
+        env={name: x for name, x in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"},
+        capture_output=True,
+        text=True,
     )
     assert said.returncode == 0 and said.stderr == ""
     assert said.stdout.startswith("6 prompts, 2 each, in 3 steps, by base and ")
