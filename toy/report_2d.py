@@ -59,9 +59,9 @@ def report(stages: list[Stage], generator: torch.Generator) -> Tensor:
     way = (mean_reward(trained) - mean_reward(base)) / (BEST - mean_reward(base))
     print(f"{'best possible':<32}{BEST:>8.2f}  and training went {way:.1%} of the way there")
     print(
-        f"Energy distance: estimated from {SAMPLES} points of each condition, to about 0.005; for the "
-        "same\ndistribution it is about 0, perhaps below. Temperature: the beta of Eq. 5; --beta is "
-        "that of Eq. 17."
+        f"Energy distance: estimated from {SAMPLES} points of each condition, to about 0.005; for "
+        "the same\ndistribution it is about 0, perhaps below. Temperature: the beta of Eq. 5; "
+        "--beta is that of Eq. 17."
     )
     return optimum
 
