@@ -5,22 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import operator
 import os
 import re
 import sys
 import tempfile
-import typing
 from collections.abc import Callable
+from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-LIMITS = {
-    "at_least": operator.ge,
-    "above": operator.gt,
-    "at_most": operator.le,
-    "below": operator.lt,
-}
+LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 
 
 class Fault(Exception):
@@ -31,40 +25,28 @@ class Stopped(Exception):
     """A signal asked the script to end. The message says what is kept and how to go on."""
 
 
-def first_line(error: BaseException) -> str:
-    """What somebody else's error says first, or its type if it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
-
-
 def option(default: Any, text: str, *aliases: str, **about: Any) -> Any:
     """A field of a dataclass of arguments: its default, and its help text, which is a sentence.
 
-    about: limits of a number (at_least, above, at_most, below); choices; and shown, which stands in
-    the help in place of the default, where None means that another value is put in later.
+    about: limits of a number (at_least, above, at_most, below); choices; and shown, which the help
+    has in place of a default that is put in later.
     """
-    about = {"help": text, "aliases": aliases, **about}
+    limits = " and ".join(f"{n.replace('_', ' ')} {about[n]}" for n in LIMITS if n in about)
+    about |= {"help": text, "aliases": aliases, "limits": limits}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+        return dataclasses.field(default_factory=default.copy, metadata=about)
     return dataclasses.field(default=default, metadata=about)
-
-
-def wanted(about: typing.Mapping[str, Any]) -> str:
-    return " and ".join(
-        f"{name.replace('_', ' ')} {about[name]}" for name in LIMITS if name in about
-    )
 
 
 def check(args: Any) -> None:
     """Raises Fault at the first number of a dataclass of options that is outside its limits."""
     for field in dataclasses.fields(args):
-        value, about, must = getattr(args, field.name), field.metadata, None
-        if isinstance(value, float) and not math.isfinite(value):
-            must = "be a finite number"
-        elif isinstance(value, int | float):
+        value, about = getattr(args, field.name), field.metadata
+        if isinstance(value, int | float):
             fits = all(LIMITS[name](value, about[name]) for name in LIMITS if name in about)
-            must = None if fits else f"be {wanted(about)}"
-        if must:
-            raise Fault(f"argument --{field.name}: must {must}, got {value}")
+            needed = "a finite number" if fits else about["limits"]
+            if not fits or not math.isfinite(value):
+                raise Fault(f"argument --{field.name}: must be {needed}, got {value}")
 
 
 def parse(arguments: type, argv: list[str]) -> Any:
@@ -73,39 +55,43 @@ def parse(arguments: type, argv: list[str]) -> Any:
     --t-min and --t_min are one flag. A bool has two, --x and --no_x. A list takes several values.
     """
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise Fault(message)
+    def error(message: str) -> NoReturn:
+        raise Fault(message)
 
-    parser = Parser(description=arguments.__doc__, allow_abbrev=False)
-    hints = typing.get_type_hints(arguments)
+    parser = argparse.ArgumentParser(description=arguments.__doc__, allow_abbrev=False)
+    parser.error = error
     for field in dataclasses.fields(arguments):
-        about, hint = field.metadata, hints[field.name]
-        many = typing.get_origin(hint) is list
-        kind = next(iter(typing.get_args(hint)), hint)  # str of str, of str | None, of list[str]
+        about, hint = field.metadata, get_type_hints(arguments)[field.name]
+        kind = next(iter(get_args(hint)), hint)  # str of str, of str | None, of list[str]
+        many = get_origin(hint) is list
         default = field.default_factory() if many else field.default
         shown = about.get("shown", " ".join(default) if many else default)
-        notes = "; ".join(
-            filter(None, [wanted(about), "" if shown in (None, "") else f"default: {shown}"])
-        )
+        notes = [about["limits"], "" if shown in (None, "") else f"default: {shown}"]
         extra: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if kind is not bool:
             metavar = None if "choices" in about else kind.__name__.upper()
             extra = {"type": kind, "choices": about.get("choices"), "metavar": metavar}
             extra["nargs"] = "+" if many else None
-        text = (about["help"] + (f" ({notes})" if notes else "")).replace("%", "%%")
-        parser.add_argument(
-            f"--{field.name}", *about["aliases"], default=default, help=text, **extra
-        )
-
-    def canonical(word: str) -> str:
-        name, equals, value = word.partition("=")
-        name = re.sub("^--no_", "--no-", "--" + name[2:].replace("-", "_"))
-        return name + equals + value if word.startswith("--") else word
-
-    args = arguments(**vars(parser.parse_args([canonical(word) for word in argv])))
+        text = f"{about['help']} ({'; '.join(filter(None, notes))})".removesuffix(" ()")
+        names = (f"--{field.name}", *about["aliases"])
+        parser.add_argument(*names, default=default, help=text.replace("%", "%%"), **extra)
+    names = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in argv]
+    args = arguments(**vars(parser.parse_args([re.sub("^--no_", "--no-", w) for w in names])))
     check(args)
     return args
+
+
+def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
+    """Words "name=path" as a dictionary. Raises Fault if one has no "="."""
+    for word in words:
+        if "=" not in word:
+            raise Fault(f"argument --{flag}: must be name=path, got {word}")
+    return dict(word.split("=", 1) for word in words)
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says first, or its type if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def make_folder(name: str, flag: str = "output_dir") -> Path:

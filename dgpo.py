@@ -30,10 +30,9 @@ def _require(condition: bool | Tensor, message: str) -> None:
 
 
 def _require_groups(**tensors: Tensor) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    alike = len(set(shapes.values())) == 1 and all(len(shape) == 2 for shape in shapes.values())
-    listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    _require(alike, f"{', '.join(shapes)} must have one shape (P, G), got {listed}")
+    shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+    listed = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    _require(len(shapes) == 1 and len(shapes.pop()) == 2, f"need one shape (P, G), got {listed}")
 
 
 # Section 2, Eq. 3 -> 5 -> 6: every policy is the optimum for some reward.
@@ -126,22 +125,19 @@ def sample_timesteps(
 
 
 # Shared noise. Below Eq. 16, the paper shares eps in a group "to reduce the variance". Let C_ij be
-# the covariance of grad L_i and grad L_j under one eps. Then sum_i A_i grad L_i, which is a group's
-# gradient but for a factor, has the variance sum_ij A_i A_j C_ij; with an eps each, only i = j
-# remains. What all C_ij have in common cancels, since sum_j A_j = 0: sharing helps a pair, or where
-# advantages do not follow position. Where samples that are alike (large C_ij) have like advantages,
-# it hurts: in the toy at G = 24 the variance doubles to quintuples (tests/test_dgpo.py).
+# the covariance of grad L_i and grad L_j under one eps: sum_i A_i grad L_i has the variance
+# sum_ij A_i A_j C_ij, of which an eps each leaves the terms i = j. What all C_ij have in common
+# cancels, as sum_j A_j = 0, so sharing helps a pair. Where samples that are alike (large C_ij) have
+# like advantages it hurts: in the toy at G = 24 two to five times (tests/test_dgpo.py measures it).
 def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
 
     x0: (P, G, ...). eps: (P, 1, ...), shared by the group, or (P, G, ...). t: (P, 1) or (P, G).
     Returns (P, G, ...). Raises ValueError when eps or t does not broadcast to x0.
     """
-    P, G = x0.shape[:2]
-    t_fits = tuple(t.shape) in ((P, 1), (P, G))
-    _require(t_fits, f"t must be (P, 1) or (P, G) with (P, G) = {(P, G)}, got {tuple(t.shape)}")
-    eps_fits = tuple(eps.shape) in ((P, 1, *x0.shape[2:]), tuple(x0.shape))
-    _require(eps_fits, f"eps must be x0's {tuple(x0.shape)}, or 1 for G, got {tuple(eps.shape)}")
+    (P, G), fits = x0.shape[:2], (tuple(x0.shape), (len(x0), 1, *x0.shape[2:]))
+    _require(t.shape in ((P, 1), (P, G)), f"t must be {(P, 1)} or {(P, G)}, got {tuple(t.shape)}")
+    _require(eps.shape in fits, f"eps must be {fits[0]} or {fits[1]}, got {tuple(eps.shape)}")
     t = t.reshape(*t.shape, *[1] * (x0.ndim - 2))
     return (1 - t) * x0 + t * eps
 
@@ -160,9 +156,14 @@ def lambda_t(alpha_t: Real, sigma_t: Real, alpha_s: Real, sigma_s: Real, eta_s: 
     return (alpha_s - kept * alpha_t / sigma_t) ** 2 / (2 * eta_s**2)
 
 
-def _mean_square(velocity: Tensor, goal: Tensor) -> Tensor:
+def mean_square(velocity: Tensor, goal: Tensor) -> Tensor:
+    """(v - goal)^2, the mean over data axes: (P, G, ...) -> (P, G). ValueError on other shapes.
+
+    With goal = v_ref it is KL(p_ref || p_theta) of one step up to lambda_t t^2 (Eq. 22 with f_ref
+    for x0), the KL penalty that the released trainer adds.
+    """
     shapes = f"{tuple(velocity.shape)} against {tuple(goal.shape)}"
-    _require(velocity.shape == goal.shape, f"velocity must have its target's shape, got {shapes}")
+    _require(velocity.shape == goal.shape, f"velocity must have its goal's shape, got {shapes}")
     return (velocity - goal).square().flatten(2).mean(2)
 
 
@@ -171,10 +172,9 @@ def dsm_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 
     velocity, x0: (P, G, ...). eps: (P, 1, ...) or (P, G, ...). The paper has ||f - x0||^2, and that
     is t^2 ||v - (eps - x0)||^2, as f - x0 = x_t - t v - x0 = t (eps - x0 - v). All released code
-    takes the mean square error of the velocity as it is, so that beta absorbs t^2 and the number of
-    data elements, too. Raises ValueError on shapes that do not match.
+    takes the velocity's mean square error as it is, so beta absorbs t^2 and the number of elements.
     """
-    return _mean_square(velocity, eps - x0)
+    return mean_square(velocity, eps - x0)
 
 
 # Eq. 17: the loss, and its gradient in one line.
@@ -196,12 +196,12 @@ def preference_gap(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor) -> 
     return group_gap(loss_ref - loss_theta, weights(advantages), partition(advantages))
 
 
-def _beta_tensor(beta: Real, like: Tensor) -> Tensor:
-    beta = torch.as_tensor(beta, dtype=like.dtype, device=like.device)
-    _require(((beta > 0) & beta.isfinite()).all(), f"beta must be positive, got {beta.tolist()}")
-    P, shape = len(like), tuple(beta.shape)
-    _require(shape in ((), (P,)), f"beta must be a float or (P,) with P = {P}, got {shape}")
-    return beta
+def _logit(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Real) -> Tensor:
+    gap = preference_gap(loss_theta, loss_ref, advantages)
+    beta = torch.as_tensor(beta, dtype=gap.dtype, device=gap.device)
+    fits = beta.shape in ((), gap.shape) and ((beta > 0) & beta.isfinite()).all()
+    _require(fits, f"beta must be positive, a float or ({len(gap)},), got {beta.tolist()}")
+    return beta * gap
 
 
 def dgpo_loss(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Real) -> Tensor:
@@ -210,8 +210,7 @@ def dgpo_loss(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Re
     loss_theta, loss_ref: (P, G) from `dsm_loss`. advantages: (P, G). beta > 0 has absorbed lambda_t
     and T: a float, or (P,), one for each group's t. Raises ValueError on other shapes or beta.
     """
-    gap = preference_gap(loss_theta, loss_ref, advantages)
-    return -F.logsigmoid(_beta_tensor(beta, gap) * gap).mean()
+    return -F.logsigmoid(_logit(loss_theta, loss_ref, advantages, beta)).mean()
 
 
 def group_gradient(
@@ -221,12 +220,11 @@ def group_gradient(
 
     k_i = sigmoid(-beta gap) A_i, the one line above. Arguments and errors as in `dgpo_loss`.
     """
-    gap = preference_gap(loss_theta, loss_ref, advantages).detach()
-    gate = torch.sigmoid(-_beta_tensor(beta, gap) * gap)
+    gate = torch.sigmoid(-_logit(loss_theta, loss_ref, advantages, beta).detach())
     return gate[:, None] * advantages, gate
 
 
-# What the released trainer (github.com/Luo-Yihong/DGPO) adds to the paper, both optional.
+# The released trainer (github.com/Luo-Yihong/DGPO) adds this to the paper, as an option.
 def clip_mask(loss_theta: Tensor, loss_old: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """PPO's clip for a model without a likelihood: True (P, G) where the gradient is dropped.
 
@@ -240,19 +238,11 @@ def clip_mask(loss_theta: Tensor, loss_old: Tensor, advantages: Tensor, clip: fl
     return torch.where(partition(advantages), ratio > 1 + clip, ratio < 1 - clip)
 
 
-def kl_penalty(velocity: Tensor, velocity_ref: Tensor) -> Tensor:
-    """(v - v_ref)^2, the mean over data axes: (P, G, ...) -> (P, G). ValueError on other shapes.
-
-    KL(p_ref || p_theta) of one step up to lambda_t t^2: Eq. 22 with f_ref in the place of x0.
-    """
-    return _mean_square(velocity, velocity_ref)
-
-
 @torch.no_grad()
 def ema_update(ema_params: Iterable[Tensor], params: Iterable[Tensor], decay: float) -> None:
-    """theta_old <- mu theta_old + (1 - mu) theta in place, mu = decay. Algorithm 1, line 15.
+    """theta_old <- mu theta_old + (1 - mu) theta in place, mu = decay in [0, 1]. Line 15.
 
-    Raises ValueError unless 0 <= decay <= 1, and when there are not as many of one as of the other.
+    Raises ValueError on another decay, and when there are not as many of one as of the other.
     """
     _require(0 <= decay <= 1, f"decay must be in [0, 1], got {decay}")
     for averaged, current in zip(ema_params, params, strict=True):
@@ -270,8 +260,7 @@ def sample_ode(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, step
     with one evaluation a step. Raises ValueError on steps < 1.
     """
     _require(steps >= 1, f"steps must be at least 1, got {steps}")
-    dtype = torch.promote_types(noise.dtype, torch.float32)
-    times = torch.linspace(1, 0, steps + 1, dtype=dtype, device=noise.device)
+    times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
     log_snr = ((1 - times) / times).log()  # lambda = log(alpha_t / sigma_t), from -inf to inf
     x, f_before = noise, None
     for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
@@ -295,10 +284,9 @@ def sample_ode(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, step
 # That is Eq. 17 at beta / G, divided by beta, and its gradient is the group's mean of k_i grad L_i:
 # beta shapes the gate alone, and neither beta nor G sets the size of a step.
 #
-# A bound, beyond the paper: a bad sample's A_i L_i is a concave parabola in v, so un-denoising it
-# lowers the loss without end. With bound |A_i| ||v - v_old||^2 added and bound = 2 it becomes
-# |A_i| ||v - (2 v_old - v*)||^2 and a constant: the sample is denoised towards the mirror image of
-# its target at theta_old. At theta = theta_old the gradient is DGPO's own.
+# Beyond the paper, the bound: a bad sample's A_i L_i is concave in v, so un-denoising lowers it
+# without end. Adding 2 |A_i| ||v - v_old||^2 gives |A_i| ||v - (2 v_old - v*)||^2 and a constant:
+# its target is mirrored at theta_old. The gradient at theta = theta_old is DGPO's own.
 def backward_group_loss(
     velocity: Velocity,
     velocity_ref: Velocity,
@@ -316,15 +304,15 @@ def backward_group_loss(
     velocity_old: Velocity | None = None,
     micro_batch: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of share * (dgpo_loss / beta + kl * mean of kl_penalty) to theta's .grad.
+    """Add the gradient of share * (dgpo_loss / beta + kl * mean of (v - v_ref)^2) to theta's .grad.
 
     velocity, velocity_ref, velocity_old: theta, the reference and theta_old, without dropout: equal
     input must give equal v. x0, eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows.
     advantages: (P, G). beta: published units, a float or (P,). share: of these groups in the step.
-    velocity_kl: what the KL compares with, by default velocity_ref. clip, bound: see `clip_mask`
-    and above, both against velocity_old. A network that is given twice is asked once, and without
-    any preference (A = 0) only what the KL needs is asked. micro_batch: most samples to a forward
-    and backward, by default all; the result is the same, for another forward of theta.
+    velocity_kl: what the KL compares with, by default velocity_ref. clip, bound (2, or 0 for none):
+    against velocity_old. micro_batch: most samples to a forward and backward, by default all; the
+    result is the same, for another forward of theta. A network that is given twice is asked once,
+    and without a preference (A = 0) only what the KL needs is asked.
     Returns, detached: loss (), Eq. 17 at beta / G; and (P,) each the gap as a mean over the group,
     the gate, kl, and clipped, a share. Raises ValueError on shapes and values that cannot be.
     """
@@ -332,19 +320,16 @@ def backward_group_loss(
     _require(min(kl, bound) >= 0, f"kl and bound must be at least 0, got {kl} and {bound}")
     lags = clip is not None or bound > 0
     _require(velocity_old is not None or not lags, "clip and bound need velocity_old")
-    beta, velocity_kl = _beta_tensor(beta, advantages) / G, velocity_kl or velocity_ref
+    beta, velocity_kl = beta / G, velocity_kl or velocity_ref  # in the units of Eq. 17
     x_t = diffuse(x0, eps, t).flatten(0, 1)  # (P * G, ...), one sample after another
-    x0, eps = x0.flatten(0, 1), eps.expand_as(x0).flatten(0, 1)
+    x0, eps = x0.flatten(0, 1)[None], eps.expand_as(x0).flatten(0, 1)[None]
     t, prompt = t.expand(P, G).flatten(), torch.arange(P, device=x0.device).repeat_interleave(G)
-    micro_batch = P * G if micro_batch is None else micro_batch
-    parts = [slice(i, i + micro_batch) for i in range(0, P * G, micro_batch)]
+    size = P * G if micro_batch is None else micro_batch
+    parts = [slice(i, i + size) for i in range(0, P * G, size)]
     whole = len(parts) == 1  # then the graph of theta's first forward serves the backward
 
-    def ask(network: Velocity, *parts: slice) -> Tensor:
-        return torch.cat([network(x_t[part], t[part], prompt[part]) for part in parts])
-
-    def losses(v: Tensor, part: slice = slice(None)) -> Tensor:
-        return dsm_loss(v[None], x0[None, part], eps[None, part])[0]
+    def ask(network: Velocity, *parts: slice) -> Tensor:  # (1, samples, ...)
+        return torch.cat([network(x_t[part], t[part], prompt[part]) for part in parts])[None]
 
     preferred = bool(advantages.any())
     if not preferred:
@@ -354,41 +339,43 @@ def backward_group_loss(
         v = {network: ask(network, *parts) for network in asked}
     with torch.set_grad_enabled(whole):
         v_theta = ask(velocity, *parts) if whole or preferred else v[velocity_kl]
-    loss, loss_ref = (losses(u).view(P, G) for u in (v_theta.detach(), v[velocity_ref]))
+    loss = dsm_loss(v_theta.detach(), x0, eps).view(P, G)
+    loss_ref = dsm_loss(v[velocity_ref], x0, eps).view(P, G)
     k, gate = group_gradient(loss, loss_ref, advantages, beta)
     dropped = torch.zeros_like(k, dtype=torch.bool)
     if clip is not None:
-        dropped = clip_mask(loss, losses(v[velocity_old]).view(P, G), advantages, clip)
-    k, distances = k.masked_fill(dropped, 0).flatten(), []
+        loss_old = dsm_loss(v[velocity_old], x0, eps).view(P, G)
+        dropped = clip_mask(loss, loss_old, advantages, clip)
+    k, distances = k.masked_fill(dropped, 0).view(1, P * G), []
     for part in parts:
         now = v_theta if whole else ask(velocity, part)
-        distance = kl_penalty(now[None], v[velocity_kl][None, part])[0]
-        objective = k[part] * losses(now, part) + kl * distance
+        distance = mean_square(now, v[velocity_kl][:, part])
+        objective = k[:, part] * dsm_loss(now, x0[:, part], eps[:, part]) + kl * distance
         if bound:
-            bad = -k[part].clamp(max=0)  # gate * |A| of a bad sample, 0 of a good one
-            objective += bound * bad * kl_penalty(now[None], v[velocity_old][None, part])[0]
+            bad = -k[:, part].clamp(max=0)  # gate * |A| of a bad sample, 0 of a good one
+            objective += bound * bad * mean_square(now, v[velocity_old][:, part])
         (share / (P * G) * objective.sum()).backward()
         distances.append(distance.detach())
     return {
         "loss": dgpo_loss(loss, loss_ref, advantages, beta),
         "gap": preference_gap(loss, loss_ref, advantages) / G,
         "gate": gate,
-        "kl": torch.cat(distances).view(P, G).mean(1),
+        "kl": torch.cat(distances, 1).view(P, G).mean(1),
         "clipped": dropped.float().mean(1),
     }
 
 
-# Beyond the paper, and off by default: train on the extremes of a group alone.
-def extremes(rewards: Tensor, m: int) -> Tensor:
-    """Which m of each group to train on, (P, m): the m/2 lowest rewards and the m/2 highest.
+def extremes(x0: Tensor, rewards: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Beyond the paper: the m/2 lowest and m/2 highest rewards alone, (P, m, ...) and (P, m).
 
-    rewards: (P, G). Advantages are then standardised among these m, so that their weights balance.
-    m = 2 is Diffusion-DPO's pair, m = G is DGPO. Raises ValueError unless m is even and 2 to G.
+    Advantages are then standardised among these m, so that their weights balance. m = 2 is
+    Diffusion-DPO's pair, m = G is DGPO. Raises ValueError unless m is even and from 2 to G.
     """
-    G = rewards.shape[1]
+    P, G = rewards.shape
     _require(2 <= m <= G and m % 2 == 0, f"m must be even and from 2 to G = {G}, got {m}")
     order = rewards.argsort(dim=1, stable=True)
-    return torch.cat([order[:, : m // 2], order[:, G - m // 2 :]], 1)
+    chosen = torch.cat([order[:, : m // 2], order[:, G - m // 2 :]], 1)
+    return x0[torch.arange(P, device=x0.device)[:, None], chosen], rewards.gather(1, chosen)
 
 
 def train(
@@ -416,10 +403,9 @@ def train(
 
     model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
     reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: all randomness is its.
-    beta, and as options kl, clip, bound: see `backward_group_loss`. ema: the decay of theta_old, or
-    None for theta_old = theta (then nothing is ever clipped or bounded). offline: all samples come
-    from the reference (Section 4.3). Beyond the paper: train_samples, the m of `extremes`, and
-    updates, how many optimiser steps a rollout serves, each with its own t and eps.
+    beta, and the options kl, clip, bound: see `backward_group_loss`. ema: theta_old's decay; by
+    default theta_old = theta. offline: all samples come from the reference (Section 4.3). Beyond
+    the paper: train_samples, the m of `extremes`; updates, optimiser steps from each rollout.
     """
     P, G, K = prompts, group_size, train_timesteps
     reference = copy.deepcopy(model).requires_grad_(False)  # "Require: reference model f_ref"
@@ -427,41 +413,29 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0)
 
     def conditioned(network: nn.Module, c: Tensor) -> Velocity:
-        return lambda x, t, p: network(x, t, c[p])
-
-    def rollout(network: nn.Module, c: Tensor) -> Tensor:
-        noise = torch.randn(P * G, *data_shape, generator=generator, device=generator.device)
-        c = c.repeat_interleave(G)
-        x0 = sample_ode(lambda x, t: network(x, t.expand(P * G), c), noise, rollout_steps)
-        return x0.view(P, G, *data_shape)
+        return lambda x, t, p=slice(None): network(x, t.expand(len(x)), c[p])
 
     for _ in range(iterations):  # line 1
         c = sample_conditions(P, generator)  # line 3
-        x0 = rollout(reference if offline else theta_old, c)  # line 4
+        noise = torch.randn(P * G, *data_shape, generator=generator, device=generator.device)
+        actor = conditioned(reference if offline else theta_old, c.repeat_interleave(G))
+        x0 = sample_ode(actor, noise, rollout_steps).view(P, G, *data_shape)  # line 4
         rewards = reward(c[:, None], x0)  # line 6
-        metrics = {"reward": rewards.mean()}
+        mean_reward = rewards.mean()
         if train_samples is not None:
-            chosen = torch.arange(P)[:, None], extremes(rewards, train_samples)
-            x0, rewards = x0[chosen], rewards[chosen]
+            x0, rewards = extremes(x0, rewards, train_samples)
         advantages = group_advantages(rewards)  # line 7
+        networks = [conditioned(each, c.repeat(K)) for each in (model, reference, theta_old)]
         for _ in range(updates):
             # Lines 8 to 13 for K timesteps at once: K * P groups, with one t and one eps for each.
             t = sample_timesteps((K * P, 1), t_min, generator)
             eps = torch.randn(K * P, 1, *data_shape, generator=generator, device=generator.device)
+            groups = torch.cat([x0] * K), eps, t, advantages.repeat(K, 1), beta
             optimizer.zero_grad()
-            metrics |= backward_group_loss(
-                conditioned(model, c.repeat(K)),
-                conditioned(reference, c.repeat(K)),
-                torch.cat([x0] * K),
-                eps,
-                t,
-                advantages.repeat(K, 1),
-                beta,
-                velocity_old=conditioned(theta_old, c.repeat(K)),
-                **options,
-            )
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            found = backward_group_loss(*networks[:2], *groups, velocity_old=networks[2], **options)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()  # line 14
         if ema is not None:
             ema_update(theta_old.parameters(), model.parameters(), ema)  # line 15
+        metrics = {"reward": mean_reward, "grad_norm": grad_norm, **found}
         yield {name: value.mean().item() for name, value in metrics.items()}

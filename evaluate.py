@@ -16,20 +16,16 @@ import functools
 import hashlib
 import json
 import math
-import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
-
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -38,13 +34,12 @@ from tqdm import tqdm
 
 import prompts as prompt_sets
 import rewards
-from cli import Fault, check, first_line, make_folder, option, parse, replace_file, run
+from cli import Fault, check, first_line, make_folder, option, pairs, parse, replace_file, run
 from rewards.ocr import QUOTED
-from train_sd35 import decode, load_pipeline, other_weights
+from sd35 import LORA_FILE, decode, load_lora, load_pipeline
 
 VARIANTS = ("base", "lora")
 ROWS = ("base", "LoRA", "difference")
-LORA = "pytorch_lora_weights.safetensors"
 RESAMPLES = 10_000  # of the bootstrap
 GRID = 4  # prompts with the best gain, and as many with the worst loss
 OF_THE_RUN = {  # what is taken from the run that trained the LoRA, and its value without one
@@ -77,7 +72,7 @@ PAPER = """\
 class Arguments:
     """Compare a LoRA with its base model on prompts and metrics."""
 
-    lora: str = option("", f"folder of the LoRA, with its {LORA}")
+    lora: str = option("", f"folder of the LoRA, with its {LORA_FILE}")
     prompts: str = option("", ".txt or .jsonl file, or a list by name: drawbench, ocr_test, ...")
     reward: str | None = option(
         None, "the task's metric; geneval, ocr and pickscore bring their test prompts"
@@ -116,8 +111,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     for name in ("lora", "prompts"):
         if not getattr(args, name):
             raise Fault(f"argument --{name}: is needed; --help says what for")
-    if not (Path(args.lora) / LORA).is_file():
-        raise Fault(f"argument --lora: there is no {Path(args.lora) / LORA}")
+    if not (Path(args.lora) / LORA_FILE).is_file():
+        raise Fault(f"argument --lora: there is no {Path(args.lora) / LORA_FILE}")
     own, flag = [args.reward] if args.reward else [], "prompts"
     try:
         read = prompt_sets.load(args.prompts)
@@ -131,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     if bare and any(name.startswith("geneval") for name in own + args.metrics):
         raise Fault(f"argument --prompts: prompt {bare} has no GenEval metadata, as geneval needs")
     args.output_dir = args.output_dir or str(Path(args.lora) / "evaluation")
-    other_weights(args.reward_model)
+    pairs(args.reward_model)
     return args
 
 
@@ -171,7 +166,7 @@ def settle(args: Arguments) -> str:
     if args.resolution % 16:
         raise Fault(f"argument --resolution: must be a multiple of 16, got {args.resolution}")
     where = "taken from" if trained else "the usual, as there is no"
-    return f"{', '.join(taken) or 'nothing'}: {where} {folder}/arguments.json"
+    return f"{', '.join(taken) or 'nothing is'} {where} {folder}/arguments.json"
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
@@ -215,7 +210,7 @@ def metrics_at_hand(args: Arguments, prompts: list[dict], device: torch.device) 
         wanted.insert(0, "geneval_official")
     elif all(QUOTED.search(prompt["prompt"]) for prompt in prompts):
         wanted.insert(0, "ocr")
-    models, found = other_weights(args.reward_model), []
+    models, found = pairs(args.reward_model), []
     for metric in wanted:
         try:
             rewards.load(metric, device, models.get(metric), fetch=False)
@@ -233,7 +228,7 @@ def claim_folder(args: Arguments, asked: Asked) -> None:
     drawn = {**dataclasses.asdict(args), "texts": [prompt["prompt"] for prompt in asked.values()]}
     for name in ("reward", "metrics", "reward_model", "batch_size", "output_dir", "prompts"):
         drawn.pop(name)
-    drawn["LoRA"] = hashlib.sha256((Path(args.lora) / LORA).read_bytes()).hexdigest()
+    drawn["LoRA"] = hashlib.sha256((Path(args.lora) / LORA_FILE).read_bytes()).hexdigest()
     kept = Path(args.output_dir) / "settings.json"
     before = read_json(kept)
     for name in drawn if before else ():
@@ -262,9 +257,7 @@ def is_whole(path: Path, side: int) -> bool:
 
 
 @torch.no_grad()
-def pixels(
-    args: Arguments, pipe: StableDiffusion3Pipeline, asked: Asked, keys: list[str]
-) -> np.ndarray:
+def pixels(args: Arguments, pipe: Any, asked: Asked, keys: list[str]) -> np.ndarray:
     """Pictures (N, H, W, 3) in bytes, from noise that depends on the key alone."""
     side = args.resolution // pipe.vae_scale_factor
     shape = (pipe.transformer.config.in_channels, side, side)
@@ -295,7 +288,7 @@ def draw(args: Arguments, device: torch.device, asked: Asked, keys: list[str]) -
     }
     if not any(missing.values()):
         return
-    weights = read_lora(Path(args.lora) / LORA)
+    weights = read_lora(Path(args.lora) / LORA_FILE)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe = load_pipeline(args.pretrained_model_name_or_path, dtype).to(device)
     config = pipe.transformer.config
@@ -305,11 +298,7 @@ def draw(args: Arguments, device: torch.device, asked: Asked, keys: list[str]) -
     check_lora(weights, pipe.transformer)
     for variant, left in missing.items():
         if variant == "lora":
-            try:
-                pipe.load_lora_weights(args.lora, weight_name=LORA)
-            except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-                reason = first_line(error)
-                raise Fault(f"argument --lora: does not fit the model ({reason})") from None
+            load_lora(pipe, args.lora)
         for i in tqdm(range(0, len(left), args.batch_size), f"drawing, {variant}", disable=None):
             batch = left[i : i + args.batch_size]
             for key, pixel in zip(batch, pixels(args, pipe, asked, batch), strict=True):
@@ -335,18 +324,18 @@ def score(
     """Scores of the pictures of `keys` by each metric that has them not yet. Raises RewardError."""
     found: Scores = {}
     for metric in args.metrics:
-        pairs = [(variant, key) for variant in VARIANTS for key in keys]
-        missing = [pair for pair in pairs if " ".join((*pair, metric)) not in known]
+        each = [(variant, key) for variant in VARIANTS for key in keys]
+        missing = [one for one in each if " ".join((*one, metric)) not in known]
         if not missing:
             continue
-        reward = rewards.load(metric, device, other_weights(args.reward_model).get(metric))
+        reward = rewards.load(metric, device, pairs(args.reward_model).get(metric))
         batches = range(0, len(missing), args.batch_size)
         for i in tqdm(batches, f"scoring by {metric}", disable=None):
             batch = missing[i : i + args.batch_size]
-            images = torch.stack([read_picture(picture(args, *pair)) for pair in batch])
+            images = torch.stack([read_picture(picture(args, *one)) for one in batch])
             prompts = [asked[key] for _, key in batch]
             values = rewards.score(metric, reward, images.to(device), prompts).tolist()
-            found |= {" ".join((*p, metric)): x for p, x in zip(batch, values, strict=True)}
+            found |= {" ".join((*one, metric)): x for one, x in zip(batch, values, strict=True)}
     return found
 
 
@@ -453,10 +442,10 @@ def report(args: Arguments, asked: Asked, scores: Scores) -> str:
         if lost:
             notes.append(f"{lost} of {len(answers)} answers of {metric} had no score.")
 
-    tasks: dict[str | None, list[str]] = {}
+    tasks: dict[str, list[str]] = {}
     for key, prompt in asked.items():
-        tasks.setdefault(prompt.get("tag") or prompt.get("task"), []).append(key)
-    several = len(tasks) > 1 and None not in tasks
+        tasks.setdefault(str(prompt.get("tag") or prompt.get("task") or ""), []).append(key)
+    several = len(tasks) > 1 and "" not in tasks
     title = "mean over images, " * several + amount(list(asked), asked)
     parts = {title: [list(asked)]}
     if several:

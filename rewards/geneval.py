@@ -3,18 +3,25 @@
 A detector finds objects, CLIP names their colours, and rules judge. A prompt is a line of GenEval's
 metadata: "tag" (one of six tasks), "include" (clauses: class, count, perhaps color, perhaps
 position: a relation and which clause it is to), perhaps "exclude" (class, count).
+
+DGPO's and Flow-GRPO's code hands the detector RGB where mmdet expects BGR, and Flow-GRPO's server
+scores JPEG files of quality 75. Neither is copied, for GenEval itself does neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+from rewards import mask2former, to_bytes
+
+DETECTOR = mask2former.URL
 CLIP = "openai/clip-vit-large-patch14"
 # COCO's classes in their order, by GenEval's names. Detectors have several for some of them.
 CLASSES = """
@@ -30,9 +37,9 @@ scissors, teddy bear, hair drier, toothbrush
 CLASSES = [name.strip() for name in CLASSES.split(",")]
 COLORS = "red orange yellow green blue purple pink brown black white".split()
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of a detection's confidence
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # the confidence that a detection must exceed
 MOST = 16  # detections of a class
-DEAD_ZONE = 0.1  # of two boxes' sizes together: a smaller offset is none
+DEAD_ZONE = 0.1  # share of two boxes' sizes together: a smaller offset is none
 DIRECTION = 0.5  # least share of an offset that makes a relation
 GREY = 0.6  # #999, what surrounds an object when CLIP is asked for its colour
 
@@ -117,40 +124,46 @@ def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, 
 # The models
 
 
-def load_detector(device: torch.device | str, model: str) -> Callable[[Tensor, float], Objects]:
-    """(image (3, H, W) in [0, 1], threshold) -> objects, by a Mask2Former from transformers."""
-    try:
-        import scipy  # noqa: F401, transformers' Mask2Former does not even load without it
-    except ImportError:
-        raise ImportError("the reward geneval needs `pip install scipy`") from None
-    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+def segment(network, processor, picture: np.ndarray, threshold: float) -> tuple:
+    """As `mask2former.segment`, for a network with a processor of its own."""
+    with torch.no_grad():
+        inputs = processor(images=Image.fromarray(picture), return_tensors="pt")
+        output = network(**inputs.to(network.device))
+    (result,) = processor.post_process_instance_segmentation(
+        output, threshold=threshold, target_sizes=[picture.shape[:2]], return_binary_maps=True
+    )
+    segments = result["segments_info"]
+    # Without any, transformers gives one map of -1 for the whole picture.
+    masks = result["segmentation"][: len(segments)].cpu() > 0.5
+    return [each["score"] for each in segments], [each["label_id"] for each in segments], masks
 
-    processor = AutoImageProcessor.from_pretrained(model)
-    network = Mask2FormerForUniversalSegmentation.from_pretrained(model).eval().to(device)
+
+def load_detector(device: torch.device | str, model: str) -> Callable[[Tensor, float], Objects]:
+    """(image (3, H, W) in [0, 1], threshold) -> objects, by a Mask2Former from transformers.
+
+    model: what `mask2former.find` takes. mmdet's network sees pictures as it does in mmdet, any
+    other one as its own processor has it. Raises ValueError if it does not have COCO's 80 classes.
+    """
+    from transformers import AutoImageProcessor
+
+    network_class, folder = mask2former.network_class(), mask2former.find(model)
+    network = network_class.from_pretrained(folder).eval().to(device)
     if network.config.num_labels != len(CLASSES):
         raise ValueError(f"{model} has {network.config.num_labels} classes, not COCO's 80")
+    if getattr(network.config, "mmdet", False):
+        seen = partial(mask2former.segment, network)
+    else:
+        seen = partial(segment, network, AutoImageProcessor.from_pretrained(folder))
 
-    @torch.no_grad()
     def detect(image: Tensor, threshold: float) -> Objects:
-        pixels = (image * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-        inputs = processor(images=pixels.permute(1, 2, 0).numpy(), return_tensors="pt")
-        (result,) = processor.post_process_instance_segmentation(
-            network(**inputs.to(device)),
-            threshold=threshold,
-            target_sizes=[tuple(image.shape[1:])],
-            return_binary_maps=True,
-        )
         objects: Objects = {}
-        # Without any, transformers gives one map of -1 for the whole picture, and no segments.
-        for mask, segment in zip(result["segmentation"], result["segments_info"], strict=False):
-            mask = mask.cpu() > 0.5
+        for score, label, mask in zip(*seen(to_bytes(image[None])[0], threshold), strict=True):
             if not mask.any():
                 continue
             rows, columns = mask.nonzero().unbind(1)
             box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            name = CLASSES[segment["label_id"]]
-            found = Found(tuple(float(edge) for edge in box), segment["score"], mask)
-            objects.setdefault(name, []).append(found)
+            found = Found(tuple(float(edge) for edge in box), float(score), mask)
+            objects.setdefault(CLASSES[label], []).append(found)
         return {
             name: sorted(found, key=lambda each: -each.score)[:MOST]
             for name, found in objects.items()
@@ -181,10 +194,8 @@ def load_classifier(
         if not objects:
             return []
         texts = [form.format(color, name) for color in COLORS for form in TEMPLATES]
-        crops = [
-            (crop(image.cpu(), found) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            for found in objects
-        ]
+        # As PIL's images: of an array 1, 3 or 4 pixels high the processor takes rows for channels.
+        crops = [Image.fromarray(to_bytes(crop(image.cpu(), found)[None])[0]) for found in objects]
         inputs = processor(
             text=texts, images=crops, padding=True, truncation=True, return_tensors="pt"
         )
@@ -197,14 +208,26 @@ def load_classifier(
     return name_colors
 
 
-def load(device: torch.device | str, model: str | None = None, kind: str = "graded"):
-    """GenEval's graded verdict, 0 to 1; with kind "strict" or "official" that one, 0 or 1.
+def graded(prompt: dict, objects: Objects, name_colors: NameColors) -> float:
+    """The verdict to train on, 0 to 1: see `judge`."""
+    return judge(prompt, objects, name_colors)["graded"]
 
-    A Mask2Former with a Swin-S (0.3 GB) and CLIP ViT-L/14 (1.7 GB). model: other ones, as
-    "detector,clip", by name or folder. Prompts must be GenEval's metadata.
+
+def load(
+    device: torch.device | str,
+    model: str | None = None,
+    verdict: Callable[[dict, Objects, NameColors], float] = graded,
+):
+    """GenEval's graded verdict, 0 to 1, or another one on the same objects and colors.
+
+    GenEval's own Mask2Former (0.3 GB, fetched and converted once) and CLIP ViT-L/14 (1.7 GB).
+    model: other ones, as "detector", "detector,clip" or ",clip", by name or folder, the detector
+    also as mmdet's file (.pth); "facebook/mask2former-swin-small-coco-instance" is one, whose
+    numbers are not GenEval's. Prompts must be GenEval's metadata.
     """
-    detector, clip = (model or f"{DETECTOR},{CLIP}").split(",")
-    detect, name_colors = load_detector(device, detector), load_classifier(device, clip)
+    detector, _, clip = (model or "").partition(",")
+    detect = load_detector(device, detector or DETECTOR)
+    name_colors = load_classifier(device, clip or CLIP)
 
     def geneval(images: Tensor, prompts: list[dict]) -> list[float]:
         scores = []
@@ -213,12 +236,7 @@ def load(device: torch.device | str, model: str | None = None, kind: str = "grad
                 raise ValueError('the prompt has no GenEval metadata ("tag", "include")')
             counting = prompt["tag"] == "counting"
             objects = detect(image, COUNTING_THRESHOLD if counting else THRESHOLD)
-            verdicts = judge(
-                prompt,
-                objects,
-                lambda name, found, image=image: name_colors(image, name, found),
-            )
-            scores.append(verdicts[kind])
+            scores.append(verdict(prompt, objects, partial(name_colors, image)))
         return scores
 
     return geneval

@@ -7,6 +7,11 @@ import torch
 from rewards import geneval
 
 
+def official(*seen) -> float:
+    """0 or 1, as GenEval counts: see `geneval.judge`, which takes the same."""
+    return geneval.judge(*seen)["official"]
+
+
 def load(device: torch.device | str, model: str | None = None):
     """0 or 1, as GenEval counts. Otherwise as `rewards.geneval.load`."""
-    return geneval.load(device, model, kind="official")
+    return geneval.load(device, model, official)

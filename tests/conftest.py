@@ -4,6 +4,7 @@ import json
 import flow2d
 import pytest
 import shapes
+import tiny_sd35
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -37,7 +38,7 @@ def tiny_clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     texts = [prompt["prompt"] for prompt in shapes.prompt_list()]
     texts += [f"a photo of a {color}-colored object" for color in geneval.COLORS] * 9
-    tokenizer = shapes.clip_tokenizer(texts)
+    tokenizer = tiny_sd35.clip_tokenizer(texts, shapes.TOKENS)
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     small["num_attention_heads"] = 2

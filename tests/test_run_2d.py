@@ -119,7 +119,7 @@ BAD_FLAGS = {
     "--group_size 100000": "argument --group_size: prompts, group_size and train_timesteps "
     "multiply to at most 1000000, which is what memory holds, got 3200000",
     "--beta 0": "argument --beta: must be above 0, got 0.0",
-    "--beta nan": "argument --beta: must be a finite number, got nan",
+    "--beta nan": "argument --beta: must be above 0, got nan",
     "--learning-rate -1": "argument --learning_rate: must be above 0, got -1.0",
     "--learning-rate inf": "argument --learning_rate: must be a finite number, got inf",
     "--t-min 1": "argument --t_min: must be at least 0 and below 1, got 1.0",

@@ -4,8 +4,10 @@ import random
 
 import pytest
 import shapes
+import tiny_sd35
 import torch
 
+import cli
 import prompts as prompt_sets
 
 PROMPTS = shapes.prompt_list()
@@ -80,6 +82,18 @@ def test_the_vae_halves_the_size_and_loses_nothing_at_8_bits(pipe):
     assert torch.equal((decoded * 255).round(), (images * 255).round())
 
 
+@torch.no_grad()
+def test_a_vae_of_one_channel_keeps_grey_pictures():
+    vae = tiny_sd35.exact_vae(shapes.SIDE, channels=1, scale=0.6)
+    half = shapes.SIDE // 2
+    coarse = (torch.randint(256, (4, 1, half, half)) / 255).expand(-1, 3, -1, -1)
+    images = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    latents = vae.encode(images * 2 - 1).latent_dist.mode()
+    assert latents.shape[1:] == (1, half, half) and vae.config.scaling_factor == 0.6
+    decoded = vae.decode(latents).sample / 2 + 0.5
+    assert torch.equal((decoded * 255).round(), (images * 255).round())
+
+
 def test_the_control_gives_a_group_its_rewards_in_another_order():
     group = [PROMPTS[0]] * 60
     images = drawn(PROMPTS[:60])
@@ -89,7 +103,7 @@ def test_the_control_gives_a_group_its_rewards_in_another_order():
 
 
 def test_all_prompts_are_told_apart(pipe):
-    embeds, pooled = shapes.encode(pipe, [prompt["prompt"] for prompt in PROMPTS])
+    embeds, pooled = tiny_sd35.encode(pipe, [prompt["prompt"] for prompt in PROMPTS])
     assert torch.pdist(pooled).min() > 0.1 and torch.pdist(embeds.flatten(1)).min() > 5
     longest = max(len(pipe.tokenizer(prompt["prompt"])["input_ids"]) for prompt in PROMPTS)
     assert longest <= shapes.TOKENS
@@ -102,7 +116,7 @@ def test_pretraining_learns(pipe):
 
 def run_main(monkeypatch, capsys, *argv):
     monkeypatch.setattr("sys.argv", ["shapes.py", *map(str, argv)])
-    shapes.main()
+    cli.run("shapes.py", shapes.main)
     return capsys.readouterr().out
 
 

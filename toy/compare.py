@@ -109,7 +109,7 @@ def backward_preferences(
         )
         loss, loss_ref = dgpo.dsm_loss(v, x0, eps), dgpo.dsm_loss(v_ref, x0, eps)
         preference = baselines.gpo_loss(loss, loss_ref, rewards, setting.beta) / setting.beta
-        (preference + setting.kl * dgpo.kl_penalty(v, v_ref).mean()).backward()
+        (preference + setting.kl * dgpo.mean_square(v, v_ref).mean()).backward()
     else:
         dgpo.backward_group_loss(
             velocity(model),

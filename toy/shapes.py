@@ -16,6 +16,7 @@ import math
 import random
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/shapes.py` finds dgpo.py
+import cli  # noqa: E402
 import dgpo  # noqa: E402
+from cli import Fault, option  # noqa: E402
 
 SIDE, CELL, GRID = 16, 8, 2  # a picture's and a cell's side in pixels, and how many cells that is
 COLORS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 220)}
@@ -38,6 +41,7 @@ WRONG = 0.35  # share of wrong captions in pretraining
 TOKENS = 7  # of a prompt, at most, for each tokenizer
 KINDS = list(itertools.product(COLORS, SHAPES))
 TASKS = ("single", "position", "count", "two")
+WEIGHTS = "pytorch_lora_weights.safetensors"  # a LoRA's file in a run's folder
 
 
 # The world. A scene is GRID * GRID cells, each None or (color, shape), row by row.
@@ -164,172 +168,21 @@ def cleanness(images: Tensor, prompts: list[dict]) -> list[float]:
 # The pipeline
 
 
-def clip_tokenizer(texts: list[str]):
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
-    # Merges must be learnt: made by hand, they would split words and truncate prompts alike.
-    learnt = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learnt.normalizer = normalizers.Lowercase()
-    learnt.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    learnt.train_from_iterator(texts, trainer)
-    model = json.loads(learnt.to_str())["model"]
-    return CLIPTokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        pad_token="<|endoftext|>",
-        model_max_length=TOKENS,
-    )
-
-
-def t5_tokenizer(texts: list[str]):
-    from transformers import T5TokenizerFast
-
-    words = sorted({word for text in texts for word in text.split()})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -1.0) for word in words]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
-
-
-def exact_vae():
-    """An AutoencoderKL whose latents are the picture at half its size: nothing to train.
-
-    Its last GroupNorm and SiLU are what stands in the way. Beside the signal s run -s and two
-    constants +-C: their mean is 0, their std C/2 but for s^2/C^2, and so the norm only divides by
-    a constant. SiLU is the identity far from 0.
-    """
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8, 8],
-        layers_per_block=1,
-        latent_channels=3,
-        norm_num_groups=1,
-        sample_size=SIDE,
-        shift_factor=0.9,  # so that the background is about 0, where the noise's mean is
-        scaling_factor=1.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
-    constant, far = 256.0, 32.0
-    with torch.no_grad():
-        for half in (vae.encoder, vae.decoder):
-            for name, parameter in half.named_parameters():
-                # A residual block that adds nothing; what changes the size is filled in below.
-                if ("resnets" in name and "conv2" in name) or "sampler" in name:
-                    parameter.zero_()
-            for layer in (half.conv_in, half.conv_out):
-                layer.weight.zero_()
-                layer.bias.zero_()
-            for i in range(3):
-                half.conv_in.weight[i, i, 1, 1] = 1
-                half.conv_in.weight[3 + i, i, 1, 1] = -1
-                half.conv_out.weight[i, i, 1, 1] = 1
-                half.conv_out.bias[i] = -far
-            half.conv_in.bias[6], half.conv_in.bias[7] = constant, -constant
-            half.conv_norm_out.weight.fill_(constant / 2)
-            half.conv_norm_out.bias.fill_(far)
-        vae.encoder.conv_out.bias[3:] = -30  # the log-variance
-        smaller = vae.encoder.down_blocks[0].downsamplers[0].conv.weight
-        larger = vae.decoder.up_blocks[0].upsamplers[0].conv.weight
-        for i in range(8):
-            smaller[i, i, :2, :2] = 1 / 4  # the mean of two by two pixels
-            larger[i, i, 1, 1] = 1
-    return vae
-
-
 def build(width: int = 128, layers: int = 2):
     """An untrained pipeline of SD3.5's classes, with three text encoders, VAE and all."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    import tiny_sd35
 
     texts = [prompt["prompt"] for prompt in prompt_list()]
     torch.manual_seed(0)
-    clip, t5 = clip_tokenizer(texts), t5_tokenizer(texts)
-    encoders = []
-    for _ in range(2):
-        config = CLIPTextConfig(
-            vocab_size=len(clip),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=TOKENS,
-            projection_dim=32,
-            bos_token_id=clip.bos_token_id,
-            eos_token_id=clip.eos_token_id,
-            pad_token_id=clip.pad_token_id,
-        )
-        encoders.append(CLIPTextModelWithProjection(config))
-        # At the usual scale, attention is uniform in a random encoder, places do not count, and the
-        # pooled embedding tells little more than how long the prompt is.
-        for name, weight in encoders[-1].named_parameters():
-            if "token_embedding" in name or "position_embedding" in name:
-                weight.data.normal_()
-            elif "q_proj.weight" in name or "k_proj.weight" in name:
-                weight.data *= 5
-            elif "v_proj.weight" in name or "out_proj.weight" in name:
-                weight.data *= 3
-    t5_config = T5Config(
-        vocab_size=len(t5), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
-    )
-    transformer = SD3Transformer2DModel(
-        sample_size=SIDE // 2,
-        patch_size=CELL // 2,  # a cell is a token
-        in_channels=3,
-        out_channels=3,
-        num_layers=layers,
-        attention_head_dim=32,
-        num_attention_heads=width // 32,
-        joint_attention_dim=64,  # T5's, at least the sum of the two CLIPs'
-        caption_projection_dim=width,
-        pooled_projection_dim=64,  # the sum of the two CLIPs'
-        pos_embed_max_size=GRID,
-        dual_attention_layers=(0, 1),
-        qk_norm="rms_norm",
-    )
-    pipe = StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=exact_vae(),
-        text_encoder=encoders[0],
-        tokenizer=clip,
-        text_encoder_2=encoders[1],
-        tokenizer_2=clip,
-        text_encoder_3=T5EncoderModel(t5_config),
-        tokenizer_3=t5,
-    )
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            module.eval()  # T5 has dropout
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@torch.no_grad()
-def encode(pipe, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, tokens, width) and pooled ones (N, width)."""
-    embeds, _, pooled, _ = pipe.encode_prompt(
-        texts, texts, texts, do_classifier_free_guidance=False, max_sequence_length=TOKENS
-    )
-    return embeds, pooled
+    clip, t5 = tiny_sd35.clip_tokenizer(texts, TOKENS), tiny_sd35.t5_tokenizer(texts, TOKENS)
+    sizes = {"side": SIDE, "cell": CELL, "tokens": TOKENS}  # a cell is a token
+    return tiny_sd35.build(clip, t5, width=width, layers=layers, **sizes)
 
 
 def pretrain(pipe, steps: int, batch: int = 32):
     """Flow matching of the transformer on noisy captions. Yields the loss of each step."""
+    import tiny_sd35
+
     prompts, rng = prompt_list(), random.Random(0)
     torch.manual_seed(0)
     by_task = {task: [p for p in prompts if p["task"] == task] for task in TASKS}
@@ -337,7 +190,7 @@ def pretrain(pipe, steps: int, batch: int = 32):
     def draw_prompt() -> dict:
         return rng.choice(by_task[rng.choice(TASKS)])
 
-    embeds, pooled = encode(pipe, ["", *(prompt["prompt"] for prompt in prompts)])
+    embeds, pooled = tiny_sd35.encode(pipe, ["", *(prompt["prompt"] for prompt in prompts)])
     index = {prompt["prompt"]: i for i, prompt in enumerate(prompts, 1)}
     optimizer = torch.optim.AdamW(pipe.transformer.parameters(), weight_decay=0.0)
     averaged = [p.detach().clone() for p in pipe.transformer.parameters()]
@@ -349,9 +202,7 @@ def pretrain(pipe, steps: int, batch: int = 32):
         told = [b if rng.random() < WRONG else a for a, b in zip(shown, other, strict=True)]
         rows = [0 if rng.random() < 0.1 else index[prompt["prompt"]] for prompt in told]
         images = paint([draw_scene(prompt, rng) for prompt in shown])
-        with torch.no_grad():
-            x0 = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
-        x0 = ((x0 - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)[:, None]
+        x0 = tiny_sd35.to_latents(pipe, images)[:, None]
         u, eps = torch.rand(batch, 1), torch.randn(x0.shape)
         t = 3 * u / (1 + 2 * u)  # the shift of the sampler
         v = pipe.transformer(
@@ -468,52 +319,65 @@ def plot(path: Path, sheets: dict[str, Tensor], rewards: dict[str, list[float]])
     plt.close(figure)
 
 
-def main() -> None:
-    from run_2d import Parser, check_folder
+@dataclass
+class Arguments:
+    """A world of drawn shapes, and a tiny pipeline that draws them, to be trained by DGPO."""
 
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--out", type=Path, default=Path(__file__).parent / "out" / "shapes", help="the pipeline's")
-    add("--pretraining", type=int, default=10_000, help="its steps (default: 10000)")
-    add("--samples", type=int, default=96, help="of each task, in the table (default: 96)")
-    add("--lora", type=Path, nargs="+", help="do not pretrain: the table with each of these LoRAs")
-    add("--figure", type=Path, help="pictures before and with the first LoRA, and their curves")
-    args = parser.parse_args()
-    for name in ("pretraining", "samples"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1, got {getattr(args, name)}")
-    weights = "pytorch_lora_weights.safetensors"
-    for folder in args.lora or ():
-        if not (folder / weights).exists():
-            parser.error(f"argument --lora: there is no {folder / weights}")
-    if args.lora and not (args.out / "model_index.json").exists():
-        parser.error(f"argument --out: {args.out} holds no pipeline; run toy/shapes.py first")
-    check_folder(parser, args.out)
+    out: str = option(
+        str(Path(__file__).parent / "out" / "shapes"),
+        "The pipeline's folder.",
+        shown="toy/out/shapes",
+    )
+    pretraining: int = option(10_000, "Steps of the pretraining.", at_least=1)
+    samples: int = option(96, "Pictures of each task in the table.", at_least=1)
+    lora: list[str] = option(
+        [], "Folders of LoRAs: do not pretrain, but print the table with each of them."
+    )
+    figure: str | None = option(
+        None, "Where to draw pictures before and with the first LoRA, and the rewards of all."
+    )
+
+
+def read_arguments() -> Arguments:
+    """The command line. Raises Fault, also for what is not there or cannot be written to."""
+    args = cli.parse(Arguments, sys.argv[1:])
+    for folder in args.lora:
+        if not (Path(folder) / WEIGHTS).exists():
+            raise Fault(f"argument --lora: there is no {Path(folder) / WEIGHTS}")
+    if args.lora and not (Path(args.out) / "model_index.json").exists():
+        raise Fault(f"argument --out: {args.out} holds no pipeline; run toy/shapes.py first")
+    cli.make_folder(args.out, "out")
+    return args
+
+
+def main() -> None:
+    args = read_arguments()
+    out, loras = Path(args.out), [Path(folder) for folder in args.lora]
 
     from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
 
-    if args.lora:
-        pipe = StableDiffusion3Pipeline.from_pretrained(args.out, dtype=torch.float32)
+    if loras:
+        pipe = StableDiffusion3Pipeline.from_pretrained(out, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
     else:
         pipe = build()
         for name, prompts in {"prompts": prompt_list(), "held_out": held_out(6)}.items():
             lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-            (args.out / f"{name}.jsonl").write_text(lines)
+            (out / f"{name}.jsonl").write_text(lines)
         progress = tqdm(pretrain(pipe, args.pretraining), "pretraining", total=args.pretraining)
         for loss in progress:
             progress.set_postfix(loss=f"{loss:.3f}")
-        pipe.save_pretrained(args.out)
-        print(f"wrote {args.out}")
+        pipe.save_pretrained(out)
+        print(f"wrote {out}")
     pipe.scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
     )
     prompts, sheets = held_out(args.samples), {}
     print(HEADER)
-    for lora in [None, *(args.lora or ())]:
+    for lora in [None, *loras]:
         name = lora.name if lora else "base"
         if lora:
-            pipe.load_lora_weights(lora, weight_name=weights)
+            pipe.load_lora_weights(lora, weight_name=WEIGHTS)
         for condition, (guidance, steps) in CONDITIONS.items():
             images = sample(pipe, prompts, 0, guidance, steps)
             print(report(name + condition, images, prompts), flush=True)
@@ -521,15 +385,15 @@ def main() -> None:
                 sheets[name] = contact_sheet(images, prompts)
         if lora:
             pipe.unload_lora_weights()
-    plot(args.out / "base.png", {"base": sheets["base"]}, {})
+    plot(out / "base.png", {"base": sheets["base"]}, {})
     if args.figure:
-        first = args.lora[0].name if args.lora else "base"
+        first = loras[0].name if loras else "base"
         curves = {
             folder.name: [json.loads(line)["reward"] for line in (folder / "metrics.jsonl").open()]
-            for folder in args.lora or ()
+            for folder in loras
         }
-        plot(args.figure, {name: sheets[name] for name in ("base", first)}, curves)
+        plot(Path(args.figure), {name: sheets[name] for name in ("base", first)}, curves)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run("shapes.py", main)
