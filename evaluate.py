@@ -165,8 +165,10 @@ def settle(args: Arguments) -> str:
     check(args)
     if args.resolution % 16:
         raise Fault(f"argument --resolution: must be a multiple of 16, got {args.resolution}")
+    if not taken:
+        return "all settings are given"
     where = "taken from" if trained else "the usual, as there is no"
-    return f"{', '.join(taken) or 'nothing is'} {where} {folder}/arguments.json"
+    return f"{', '.join(taken)}: {where} {folder}/arguments.json"
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:

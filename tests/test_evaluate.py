@@ -305,7 +305,7 @@ def test_settings_are_those_of_the_run(tiny, loras, prompts, tmp_path, capsys):
     assert json.loads((tmp_path / "own" / "settings.json").read_text())["guidance_scale"] == 3
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("6 prompts, 2 each, in 3 steps, by base and ")
-    assert f" taken from {tmp_path}/run/arguments.json" in said[1] and "guidance" not in said[1]
+    assert f": taken from {tmp_path}/run/arguments.json" in said[1] and "guidance" not in said[1]
     assert said[2].startswith(f"scored by {BRIGHTNESS}; on cpu, results in ")
 
 
