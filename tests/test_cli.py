@@ -41,7 +41,7 @@ def test_flags_of_every_kind():
 BAD = {
     "--t_min 1": "argument --t_min: must be at least 0 and below 1, got 1.0",
     "--t_min -0.1": "argument --t_min: must be at least 0 and below 1, got -0.1",
-    "--t_min nan": "argument --t_min: must be a finite number, got nan",
+    "--t_min nan": "argument --t_min: must be at least 0 and below 1, got nan",
     "--rate 0": "argument --rate: must be above 0, got 0.0",
     "--rate inf": "argument --rate: must be a finite number, got inf",
     "--rate much": "argument --rate: invalid float value: 'much'",
