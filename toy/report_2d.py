@@ -9,13 +9,14 @@ import flow2d
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from flow2d import dgpo
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 from torch import Tensor, nn
+
+import dgpo  # flow2d has made it findable
 
 SAMPLES = 400  # points for each condition in the report and in the figures
 TEMPERATURE = 1.0  # the beta of Eq. 5 for p* and Z(c), which is not the beta of Eq. 17, the gate's

@@ -23,32 +23,40 @@ FRAMES = 40  # stages kept for the GIF
 class Arguments:
     """Watch DGPO learn: a 2-D flow and a known reward, in seconds on a laptop's CPU."""
 
-    seed: int = option(0, "another seed is another run", at_least=0, below=2**63)
-    iterations: int = option(300, "iterations of Algorithm 1", at_least=1, at_most=MOST)
-    prompts: int = option(16, "groups in an iteration, P", at_least=1, at_most=MOST)
-    group_size: int = option(24, "samples of a prompt, G", at_least=2, at_most=MOST)
+    seed: int = option(0, "Another seed is another run.", at_least=0, below=2**63)
+    iterations: int = option(300, "Iterations of Algorithm 1.", at_least=1, at_most=MOST)
+    prompts: int = option(16, "P: groups in an iteration.", at_least=1, at_most=MOST)
+    group_size: int = option(24, "G: samples in a group.", at_least=2, at_most=MOST)
     beta: float = option(
-        1.0, "steepness of the gate: the beta of Eq. 17, S being a group's mean", above=0
+        1.0, "The beta of Eq. 17 for a gap that is a group's mean: the gate closes by it.", above=0
     )
-    learning_rate: float = option(1.5e-3, "AdamW's; too large a one blows up", above=0)
+    learning_rate: float = option(
+        1.5e-3, "AdamW's learning rate. If the reward swings or falls, lower it.", above=0
+    )
     t_min: float = option(
-        0.2, "least noise to train at, the timestep clip of Eq. 21", at_least=0, below=1
+        0.2, "Timestep clip: the least time to train at; 1 is pure noise.", at_least=0, below=1
     )
-    rollout_steps: int = option(10, "steps of the ODE for a sample", at_least=1, at_most=1000)
+    rollout_steps: int = option(
+        10, "Steps of the ODE solver that draws a sample.", at_least=1, at_most=1000
+    )
     train_timesteps: int = option(
-        2, "timesteps that a group is trained at", at_least=1, at_most=1000
+        2, "K: timesteps that a group is trained at in an iteration.", at_least=1, at_most=1000
     )
-    kl: float = option(0.01, "weight of the penalty on leaving the reference", at_least=0)
+    kl: float = option(
+        0.01, "Weight of the distance to the reference. Raise it to stay near.", at_least=0
+    )
     clip: float | None = option(
-        None, "PPO-style clip of exp(L_old - L_theta); needs --ema", at_least=0
+        None, "PPO-style clip of exp(L_old - L_theta). It needs --ema.", at_least=0
     )
     ema: float | None = option(
-        None, "decay of theta_old; without it theta_old is theta", at_least=0, at_most=1
+        None, "Decay of theta_old. Without it theta_old is theta.", at_least=0, at_most=1
     )
-    offline: bool = option(False, "take all samples from the reference")
-    out: str = option(str(Path(__file__).parent / "out"), "folder to write to", shown="toy/out")
-    gif: bool = option(True, "write the GIF, too; without it a run is quicker")
-    show: bool = option(False, "watch in a window as well")
+    offline: bool = option(False, "Draw all samples from the reference (Section 4.3).")
+    out: str = option(
+        str(Path(__file__).parent / "out"), "The folder to write to.", shown="toy/out"
+    )
+    gif: bool = option(True, "Write the GIF, too. A run without it is quicker.")
+    show: bool = option(False, "Watch in a window as well.")
 
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
@@ -73,8 +81,9 @@ def main() -> None:
     import matplotlib.pyplot as plt
     import report_2d
     import torch
-    from flow2d import PRETRAINING_STEPS, dgpo
     from tqdm import tqdm
+
+    import dgpo
 
     if not args.show:
         plt.switch_backend("agg")
@@ -86,8 +95,8 @@ def main() -> None:
     clock = [time.perf_counter()]
 
     model = flow2d.VelocityNet()
-    pretraining = flow2d.pretrain(model, PRETRAINING_STEPS, generator)
-    for _ in tqdm(pretraining, "pretraining", PRETRAINING_STEPS):
+    pretraining = flow2d.pretrain(model, flow2d.PRETRAINING_STEPS, generator)
+    for _ in tqdm(pretraining, "pretraining", flow2d.PRETRAINING_STEPS):
         pass
     clock.append(time.perf_counter())
 
