@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -42,6 +43,8 @@ def check(args: Any) -> None:
     """Raises Fault at the first number of a dataclass of options that is outside its limits."""
     for field in dataclasses.fields(args):
         value, about = getattr(args, field.name), field.metadata
+        if isinstance(value, list) and field.default_factory is dataclasses.MISSING:
+            raise Fault(f"argument --{field.name}: needs one value")  # "--x=--" comes as a list
         if isinstance(value, int | float):
             fits = all(LIMITS[name](value, about[name]) for name in LIMITS if name in about)
             needed = "a finite number" if fits else about["limits"]
@@ -115,11 +118,14 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         raise Fault(f"cannot write {path} ({first_line(error)}); what was there is kept") from None
     finally:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 def run(script: str, main: Callable[[], None]) -> None:
     """Calls main. A Fault is one line and exit code 2; Stopped and Ctrl-C are one line and 130."""
+    for stream in (sys.stdout, sys.stderr):  # whatever the terminal says that it can show
+        stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
     except (Fault, Stopped, KeyboardInterrupt) as end:

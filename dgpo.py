@@ -365,17 +365,16 @@ def backward_group_loss(
     }
 
 
-def extremes(x0: Tensor, rewards: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Beyond the paper: the m/2 lowest and m/2 highest rewards alone, (P, m, ...) and (P, m).
+def extremes(rewards: Tensor, m: int) -> Tensor:
+    """Beyond the paper: which m of each group to train on, the m/2 lowest and m/2 highest rewards.
 
-    Advantages are then standardised among these m, so that their weights balance. m = 2 is
-    Diffusion-DPO's pair, m = G is DGPO. Raises ValueError unless m is even and from 2 to G.
+    (P, G) -> (P, m). Advantages are then standardised among these m, so that their weights balance.
+    m = 2 is Diffusion-DPO's pair, m = G is DGPO. Raises ValueError unless m is even and 2 to G.
     """
-    P, G = rewards.shape
+    G = rewards.shape[1]
     _require(2 <= m <= G and m % 2 == 0, f"m must be even and from 2 to G = {G}, got {m}")
     order = rewards.argsort(dim=1, stable=True)
-    chosen = torch.cat([order[:, : m // 2], order[:, G - m // 2 :]], 1)
-    return x0[torch.arange(P, device=x0.device)[:, None], chosen], rewards.gather(1, chosen)
+    return torch.cat([order[:, : m // 2], order[:, G - m // 2 :]], 1)
 
 
 def train(
@@ -423,7 +422,8 @@ def train(
         rewards = reward(c[:, None], x0)  # line 6
         mean_reward = rewards.mean()
         if train_samples is not None:
-            x0, rewards = extremes(x0, rewards, train_samples)
+            chosen = torch.arange(P)[:, None], extremes(rewards, train_samples)
+            x0, rewards = x0[chosen], rewards[chosen]
         advantages = group_advantages(rewards)  # line 7
         networks = [conditioned(each, c.repeat(K)) for each in (model, reference, theta_old)]
         for _ in range(updates):

@@ -458,15 +458,12 @@ def test_a_bounded_bad_sample_is_denoised_towards_its_mirror_image():
 
 def test_extremes_are_the_two_ends_of_each_group():
     rewards = torch.tensor([[3.0, 9.0, 1.0, 5.0, 7.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0, 2.0]])
-    x0 = torch.stack([rewards, torch.arange(12.0).view(2, 6)], 2)
-    found, ends = dgpo.extremes(x0, rewards, 2)
-    assert ends.tolist() == [[0, 9], [1, 2]] and found[..., 1].tolist() == [[5, 1], [6, 11]]
-    assert dgpo.extremes(x0, rewards, 4)[0][0, :, 1].tolist() == [5, 2, 4, 1]
+    assert dgpo.extremes(rewards, 2).tolist() == [[5, 1], [0, 5]]
+    assert dgpo.extremes(rewards, 4)[0].tolist() == [5, 2, 4, 1]
     for m in (2, 4, 6):
-        found, ends = dgpo.extremes(x0, rewards, m)
-        assert torch.equal(found[..., 0], ends)
-        assert all(len(set(row)) == m for row in found[..., 1].tolist())
-        A = dgpo.group_advantages(ends)
+        rows = dgpo.extremes(rewards, m)
+        assert all(len(set(row)) == m for row in rows.tolist())
+        A = dgpo.group_advantages(rewards.gather(1, rows))
         assert A.sum(1).abs().max() < 1e-6  # so the weights balance, and Z(c) cancels
         torch.testing.assert_close(A[0].square().mean(), torch.tensor(1.0))
 
@@ -788,7 +785,7 @@ BAD_INPUT = {
     "decay": (lambda: dgpo.ema_update([L], [L], 1.1), r"decay must be in \[0, 1\], got 1.1"),
     "parameters": (lambda: dgpo.ema_update([L], [L, L], 0.9), "zip"),
     "steps": (lambda: dgpo.sample_ode(lambda x, t: x, L, 0), "steps must be at least 1, got 0"),
-    "m": (lambda: dgpo.extremes(X0, L, 3), "m must be even and from 2 to G = 3, got 3"),
+    "m": (lambda: dgpo.extremes(L, 3), "m must be even and from 2 to G = 3, got 3"),
     "kl": (lambda: backward(kl=-1.0), "kl and bound must be at least 0, got -1.0 and 0.0"),
     "bound": (lambda: backward(bound=-1.0), "kl and bound must be at least 0, got 0.0 and -1.0"),
     "clip alone": (lambda: backward(clip=0.1), "clip and bound need velocity_old"),

@@ -1,7 +1,9 @@
 """The evaluation, end to end on the tiny pipeline."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import evaluate
 
@@ -77,17 +80,27 @@ def run(*args, **changed):
     return json.loads((args[3] / "table.json").read_text())
 
 
+def rows(found):
+    """The first table, of all pictures."""
+    return next(iter(found.values()))
+
+
 def test_base_against_base_differs_by_exactly_zero(tiny, loras, prompts, tmp_path):
     found = run(tiny, loras["nothing"], prompts, tmp_path / "out")
-    assert set(found["all"]["difference"]) == {BRIGHTNESS, STRICT}
-    assert all(cell == [0, 0, 0] for cell in found["all"]["difference"].values())
-    assert set(found["tasks"]) == {"single", "count"}
+    assert set(rows(found)["difference"]) == {BRIGHTNESS, STRICT}
+    assert all(cell == [0, 0, 0] for cell in rows(found)["difference"].values())
+    assert [title.split(",")[0] for title in found] == [
+        "mean over images",
+        "mean over 2 tasks",
+        "single",
+        "count",
+    ]
 
 
 def test_a_change_is_measured_and_shown(tiny, loras, prompts, tmp_path, capsys):
     out = tmp_path / "out"
     found = run(tiny, loras["much"], prompts, out)
-    base, lora, difference = (found["all"][n][BRIGHTNESS] for n in ("base", "LoRA", "difference"))
+    base, lora, difference = (rows(found)[name][BRIGHTNESS] for name in evaluate.ROWS)
     assert difference[0] == pytest.approx(lora[0] - base[0]) and difference[0] != 0
     assert difference[1] <= difference[0] <= difference[2]
     by_hand = [np.asarray(Image.open(p)).mean() / 255 for p in (out / "images/base").glob("*.png")]
@@ -105,6 +118,8 @@ def test_what_is_done_is_not_done_again(tiny, loras, prompts, tmp_path, capsys, 
     damaged = out / "images" / "lora" / "00002_1.png"
     before = damaged.read_bytes()
     damaged.write_bytes(before[:50])
+    other = out / "images" / "base" / "00000_0.png"
+    Image.new("RGB", (5, 5)).save(other)
 
     asked = []
     original = evaluate.rewards.load
@@ -113,17 +128,26 @@ def test_what_is_done_is_not_done_again(tiny, loras, prompts, tmp_path, capsys, 
     )
     again = run(tiny, loras["much"], prompts, out)
     assert asked == [STRICT]  # the new metric; the other was kept
-    assert again["all"]["base"][BRIGHTNESS] == first["all"]["base"][BRIGHTNESS]
+    assert rows(again)["base"][BRIGHTNESS] == rows(first)["base"][BRIGHTNESS]
     assert f"{damaged} is damaged: drawn again" in capsys.readouterr().out
     assert damaged.read_bytes() == before
     changed = [path for path, time in drawn.items() if path.stat().st_mtime_ns != time]
-    assert changed == [damaged]
+    assert set(changed) == {damaged, other}
 
 
 def test_pictures_of_other_settings_are_not_mixed_in(tiny, loras, prompts, tmp_path):
     run(tiny, loras["nothing"], prompts, tmp_path / "out")
     with pytest.raises(evaluate.Fault, match="holds pictures of another num_inference_steps"):
         run(tiny, loras["nothing"], prompts, tmp_path / "out", num_inference_steps=4)
+
+
+def test_a_lora_that_was_trained_further_is_another(tiny, loras, prompts, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(loras["nothing"], folder)
+    run(tiny, folder, prompts, tmp_path / "out", metrics=BRIGHTNESS)
+    shutil.copy(loras["much"] / evaluate.LORA_FILE, folder)
+    with pytest.raises(evaluate.Fault, match="holds pictures of another LoRA; give another folder"):
+        run(tiny, folder, prompts, tmp_path / "out", metrics=BRIGHTNESS)
 
 
 def test_two_processes_draw_and_score_the_same(tiny, loras, prompts, tmp_path):
@@ -136,13 +160,25 @@ def test_two_processes_draw_and_score_the_same(tiny, loras, prompts, tmp_path):
     assert json.loads((tmp_path / "two" / "table.json").read_text()) == alone
 
 
-def test_the_default_metrics_are_those_at_hand(tiny, loras, prompts, tmp_path, tiny_clip, capsys):
+def test_the_default_metrics_are_those_at_hand(
+    tiny, loras, prompts, tmp_path, tiny_clip, capsys, monkeypatch
+):
+    """Nothing is asked of the network for it."""
+    asked = []
+
+    def getaddrinfo(host, *rest, **more):
+        asked.append(host)
+        raise OSError("no route")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     out, clip = tmp_path / "out", f"pickscore={tiny_clip}"
     found = run(tiny, loras["much"], prompts, out, metrics=None, reward_model=clip)
-    assert list(found["all"]["base"]) == ["pickscore"]
+    assert list(rows(found)["base"]) == ["pickscore"]
     said = capsys.readouterr().out
+    assert asked == []
     for missing in ("aesthetic", "imagereward", "unifiedreward"):
-        assert f"without {missing}: argument --metrics: cannot load {missing} (" in said
+        assert f"without {missing}: cannot load the reward {missing}: " in said
     assert "ocr" not in said  # no prompt has a text in quotation marks
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
@@ -157,9 +193,9 @@ def test_the_tasks_reward_comes_first_and_brings_its_prompts(
     monkeypatch.setattr(evaluate.prompt_sets.urllib.request, "urlopen", urlopen)
     out = tmp_path / "out"
     found = run(tiny, loras["much"], prompts, out, reward=STRICT, metrics=[BRIGHTNESS, STRICT])
-    assert list(found["all"]["base"]) == [STRICT, BRIGHTNESS]
+    assert list(rows(found)["base"]) == [STRICT, BRIGHTNESS]
     found = run(tiny, loras["much"], prompts, out, reward=STRICT, metrics=None)
-    assert list(found["all"]["base"]) == [STRICT]  # nothing else is at hand
+    assert list(rows(found)["base"]) == [STRICT]  # nothing else is at hand
     with pytest.raises(evaluate.Fault, match="argument --prompts: cannot fetch .*/ocr/test.txt"):
         run(tiny, loras["much"], None, out, reward="ocr", metrics=None)
 
@@ -171,10 +207,201 @@ def test_no_metric_at_hand_is_an_error(tiny, loras, prompts, tmp_path):
 
 def test_the_interval_is_the_bootstraps():
     values = np.random.default_rng(1).normal(3, 2, 400)
-    mean, low, high = evaluate.bootstrap(values)
+    ((mean, low, high),) = evaluate.bootstrap([[[(value,)] for value in values]])
     half = 1.96 * values.std() / 20
-    assert mean == values.mean()
+    assert mean == pytest.approx(values.mean())
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.03)
+
+
+def scores_of(asked, base, lora):
+    """Scores of a metric m."""
+    found = {f"base {key} m": float(x) for key, x in zip(asked, base, strict=True)}
+    return found | {f"lora {key} m": float(x) for key, x in zip(asked, lora, strict=True)}
+
+
+def test_what_is_resampled_are_prompts_by_their_text():
+    """A list that has every prompt four times is no wider a basis: the interval is as without."""
+    values = np.random.default_rng(1).normal(3, 2, 100)
+    once = {f"{i}_0": {"prompt": f"prompt {i}"} for i in range(100)}
+    often = {f"{i}_0": {"prompt": f"prompt {i // 4}"} for i in range(400)}
+    alone = evaluate.summarise(scores_of(once, values, values), ["m"], once, [list(once)])
+    four = values.repeat(4)
+    listed = evaluate.summarise(scores_of(often, four, four), ["m"], often, [list(often)])
+    assert listed["base"]["m"] == pytest.approx(alone["base"]["m"])
+    mean, low, high = listed["base"]["m"]
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 10, rel=0.05)  # not / 20
+
+
+def test_the_mean_over_images_and_the_mean_over_tasks():
+    """Three prompts of one task score 1, one prompt of another 0: 3/4 and 1/2."""
+    asked = {f"{i}_0": {"prompt": f"prompt {i}"} for i in range(4)}
+    scores = scores_of(asked, [1, 1, 1, 0], [1, 1, 1, 0.5])
+    keys = list(asked)
+    over_images = evaluate.summarise(scores, ["m"], asked, [keys])
+    over_tasks = evaluate.summarise(scores, ["m"], asked, [keys[:3], keys[3:]])
+    assert over_images["base"]["m"][0] == pytest.approx(0.75)
+    assert over_tasks["base"]["m"] == pytest.approx((0.5, 0.5, 0.5))
+    assert over_tasks["difference"]["m"] == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_a_pair_without_a_score_is_left_out_of_all_rows():
+    asked = {f"{i}_0": {"prompt": f"prompt {i}"} for i in range(3)}
+    scores = scores_of(asked, [1, np.nan, 3], [2, 5, 4])
+    found = evaluate.summarise(scores, ["m"], asked, [list(asked)])
+    assert [found[row]["m"][0] for row in evaluate.ROWS] == [2, 3, 1]
+    none = evaluate.summarise(scores, ["m"], asked, [["0_0"], ["1_0"]])  # a task without any
+    assert none["base"]["m"] is None and "| base | no score |" in evaluate.table("", none)
+
+
+def test_answers_without_a_score_are_counted_and_do_not_end_it(
+    tiny, loras, prompts, tmp_path, monkeypatch, capsys
+):
+    nan = float("nan")
+    answers = iter([[0.5, nan, 0.5, 0.5], *[[0.5] * 4] * 5] * 2)
+    monkeypatch.setattr(evaluate.rewards, "load", lambda *_: lambda *_: next(answers))
+    settings = {"metrics": [BRIGHTNESS], "batch_size": 4}
+    found = run(tiny, loras["much"], prompts, tmp_path / "out", **settings)
+    assert rows(found)["base"][BRIGHTNESS] == [0.5, 0.5, 0.5]
+    line = f"1 of 24 answers of {BRIGHTNESS} had no score."
+    assert line in capsys.readouterr().out and line in (tmp_path / "out/table.md").read_text()
+
+    answers = iter([[nan] * 4] * 6)
+    (tmp_path / "out" / "scores.json").unlink()
+    with pytest.raises(evaluate.Fault, match="none of 24 answers of .*brightness had a score"):
+        run(tiny, loras["much"], prompts, tmp_path / "out", **settings)
+
+
+def test_lists_that_repeat_their_prompts_say_how_many_pictures_each_has(
+    tiny, loras, tmp_path, capsys
+):
+    """Each repetition has noise of its own; --seeds are of each."""
+    (tmp_path / "five.txt").write_text("a red square\na blue circle\n" * 5)
+    out = tmp_path / "out"
+    run(tiny, loras["nothing"], tmp_path / "five.txt", out, metrics=BRIGHTNESS, seeds=1)
+    assert "| 2 prompts, 5 each |" in (out / "table.md").read_text()
+    red = [(out / f"images/base/{i:05d}_0.png").read_bytes() for i in range(0, 10, 2)]
+    assert len(set(red)) == 5
+
+
+def test_settings_are_those_of_the_run(tiny, loras, prompts, tmp_path, capsys):
+    folder = tmp_path / "run" / "checkpoint-20"
+    shutil.copytree(loras["nothing"], folder)
+    trained = {
+        "pretrained_model_name_or_path": str(tiny),
+        "guidance_scale": 1.0,
+        "resolution": shapes.SIDE,
+        "max_sequence_length": shapes.TOKENS,
+        "seed": 3,
+    }
+    (tmp_path / "run" / "arguments.json").write_text(json.dumps(trained))
+    given = dict.fromkeys(("model", "resolution", "max_sequence_length", "guidance_scale"))
+    settings = {**given, "metrics": BRIGHTNESS}
+    run(None, folder, prompts, tmp_path / "out", **settings)
+    kept = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert [kept[name] for name in trained if name != "seed"] == list(trained.values())[:4]
+    assert "guidance_scale 1.0, resolution 16, " in capsys.readouterr().out
+
+    run(None, folder, prompts, tmp_path / "own", **settings | {"guidance_scale": 3})
+    assert json.loads((tmp_path / "own" / "settings.json").read_text())["guidance_scale"] == 3
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("6 prompts, 2 each, in 3 steps, by base and ")
+    assert f": taken from {tmp_path}/run/arguments.json" in said[1] and "guidance" not in said[1]
+    assert said[2].startswith(f"scored by {BRIGHTNESS}; on cpu, results in ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot read .*arguments.json"),
+        ("[3]", "cannot read .*arguments.json .it holds no JSON object"),
+        ('{"resolution": "large"}', "arguments.json has resolution 'large'; give --resolution"),
+        ('{"resolution": 100}', "--resolution: must be a multiple of 16, got 100"),
+        ('{"guidance_scale": NaN}', "--guidance_scale: must be at least 1, got nan"),
+    ],
+)
+def test_rubbish_that_the_run_left_is_one_line(content, message, loras, prompts, tmp_path):
+    shutil.copytree(loras["nothing"], tmp_path / "run")
+    (tmp_path / "run" / "arguments.json").write_text(content)
+    args = evaluate.parse_args(["--lora", str(tmp_path / "run"), "--prompts", str(prompts)])
+    with pytest.raises(evaluate.Fault, match=message) as fault:
+        evaluate.evaluate(args)
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("name", ["scores.json", "settings.json"])
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": {"b": 1}}', "[" * 100_000])
+def test_rubbish_in_the_folder_is_one_line(name, content, tiny, loras, prompts, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(content)
+    with pytest.raises(evaluate.Fault) as fault:
+        run(tiny, loras["nothing"], prompts, out, metrics=BRIGHTNESS)
+    assert str(out) in str(fault.value) and "\n" not in str(fault.value)
+
+
+def change(weights, how):
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    if how == "NaN":
+        weights[name][0, 0] = float("nan")
+    elif how == "no tensors":
+        weights.clear()
+    elif how == "other shapes":
+        weights[name] = torch.zeros(4, 7)
+    elif how == "other ranks":
+        weights[name] = torch.zeros(3, 32)
+    elif how == "half a pair":
+        del weights[name]
+    elif how == "one stray key":
+        weights["transformer.transformer_blocks.9.attn.to_q.lora_A.weight"] = torch.zeros(4, 32)
+    elif how == "keys of another format":
+        return {name.replace("transformer.", "unet.", 1): x for name, x in weights.items()}
+    return weights
+
+
+MISFITS = {
+    "NaN": "holds NaN or infinity in transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    "no tensors": "does not fit the model .it is empty",
+    "other shapes": "has shapes .4, 7. and .32, 4. for .32, 32.",
+    "other ranks": "has shapes .3, 32. and .32, 4. for .32, 32.",
+    "half a pair": "the model has no place for .*blocks.0.attn.to_q.lora_B.weight",
+    "one stray key": "the model has no place for .*blocks.9.attn.to_q.lora_A.weight",
+    "keys of another format": "the model has no place for unet.",
+}
+
+
+@pytest.mark.parametrize("how", MISFITS)
+def test_a_lora_is_looked_at_before_anything_is_drawn(how, tiny, loras, prompts, tmp_path):
+    """diffusers says nothing of names that fit nothing, and base would be compared with base."""
+    (tmp_path / "lora").mkdir()
+    weights = change(load_file(loras["much"] / evaluate.LORA_FILE), how)
+    save_file(weights, tmp_path / "lora" / evaluate.LORA_FILE)
+    with pytest.raises(evaluate.Fault, match=f"argument --lora: .*{MISFITS[how]}") as fault:
+        run(tiny, tmp_path / "lora", prompts, tmp_path / "out", metrics=BRIGHTNESS)
+    assert "\n" not in str(fault.value) and not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_a_lora_that_is_truncated_is_named(tiny, loras, prompts, tmp_path):
+    (tmp_path / "lora").mkdir()
+    content = (loras["much"] / evaluate.LORA_FILE).read_bytes()
+    for size in (0, 5, len(content) // 2, len(content) - 1):
+        (tmp_path / "lora" / evaluate.LORA_FILE).write_bytes(content[:size])
+        with pytest.raises(evaluate.Fault, match="argument --lora: cannot read ") as fault:
+            run(tiny, tmp_path / "lora", prompts, tmp_path / f"out-{size}", metrics=BRIGHTNESS)
+        assert "\n" not in str(fault.value)
+
+
+def test_it_says_nothing_but_its_own(tiny, loras, prompts, tmp_path):
+    """transformers speaks of torchvision, which nothing here needs."""
+    line = flags(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=BRIGHTNESS)
+    said = subprocess.run(
+        [sys.executable, "evaluate.py", *line],
+        cwd=ROOT,
+        env={name: x for name, x in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0 and said.stderr == ""
+    assert said.stdout.startswith("6 prompts, 2 each, in 3 steps, by base and ")
 
 
 BAD = {
@@ -182,10 +409,13 @@ BAD = {
     "--metrics magic": "argument --metrics: no reward 'magic'",
     "--prompts {}/empty.txt": "argument --prompts: ",
     "--metrics geneval": "argument --prompts: prompt 1 has no GenEval metadata",
-    "--seeds 0": "argument --seeds: must be at least 1, got 0",
+    "--seeds 0": "argument --seeds: must be at least 1 and at most 1000, got 0",
+    "--metrics compressibility=2": "argument --metrics: a metric has no weight",
+    "--guidance_scale nan": "argument --guidance_scale: must be at least 1, got nan",
+    "--resolution 4096": "argument --resolution: the model has at most",
     "--resolution 100": "argument --resolution: must be a multiple of 16, got 100",
     "--reward_model clip": "argument --reward_model: must be name=path, got clip",
-    "--nonsense 3": "there is no argument --nonsense",
+    "--nonsense 3": "unrecognized arguments: --nonsense 3",
     "--model {}/none": "cannot load",
 }
 

@@ -123,12 +123,22 @@ def test_pretrained_network_samples_the_data(reference):
 
 
 def test_energy_distance_by_hand():
-    """Of a point pair {0, 1} and {3}: 2 (3 + 2)/2 - 1 - 0 = 4, the second set counted twice."""
+    """The pair {0, 1} and {3}: 2 (3 + 2)/2 - 1 - 0 = 4, the second set counted twice."""
     x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     y = torch.tensor([[3.0, 0.0], [3.0, 0.0]])
     assert flow2d.energy_distance(x, y) == pytest.approx(4)
     z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
     assert abs(flow2d.energy_distance(z[:1000], z[1000:])) < 0.01
+
+
+def test_energy_distance_of_equal_densities_scatters_about_0():
+    """It is unbiased, so below 0 about as often as above."""
+    g = torch.Generator().manual_seed(0)
+    found = torch.tensor(
+        [flow2d.energy_distance(*torch.randn(2, 100, 2, generator=g)) for _ in range(200)]
+    )
+    assert abs(found.mean()) < 3 * found.std() / 200**0.5
+    assert 0.3 < (found < 0).float().mean() < 0.7
 
 
 def test_reward_is_best_on_its_own_mode():

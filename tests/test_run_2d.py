@@ -1,5 +1,6 @@
 """The main job from outside: python toy/run_2d.py, as a user runs it."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def test_a_short_run_learns_and_writes_its_figures(short_run):
         for name, column in (("reference", 1), ("after 40 iterations", 3))
     )
     assert trained > base + 2
+    assert "energy distance to p_ref\n" in report and "perhaps below" in report
     assert "pretraining: 100%" in result.stderr and "DGPO: 100%" in result.stderr
     assert "reward=" in result.stderr and "gate=" in result.stderr and "loss=" in result.stderr
 
@@ -79,9 +81,17 @@ def test_the_same_seed_gives_the_same_numbers(short_run, tmp_path):
     assert numbers(finish(other).stdout) != numbers(short_run[0].stdout)
 
 
+def test_the_two_betas_are_told_apart(tmp_path):
+    """--beta is that of Eq. 17; p* and Z(c) are of Eq. 5, whose beta is a temperature here."""
+    result = run("--iterations", 2, "--beta", 10, "--no-gif", "--out", tmp_path)
+    (optimum,) = (line for line in result.stdout.splitlines() if line.startswith("p* of Eq. 5"))
+    assert "temperature 1 " in optimum and "beta" not in optimum
+    assert "Temperature: the beta of Eq. 5; --beta is that of Eq. 17." in result.stdout
+
+
 def test_every_flag_is_accepted(tmp_path):
     flags = "--iterations 2 --prompts 3 --group-size 4 --beta 2 --learning-rate 1e-4 --t-min 0 "
-    flags += "--rollout-steps 2 --train-timesteps 1 --kl 0 --clip 0.1 --ema 0.5 --offline --no-gif"
+    flags += "--rollout_steps 2 --train-timesteps 1 --kl 0 --clip 0.1 --ema 0.5 --offline --no-gif"
     result = run(*flags.split(), "--seed", 1, "--out", tmp_path / "new" / "folder")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "new" / "folder" / "run_2d.png").stat().st_size > 10_000
@@ -100,35 +110,66 @@ def test_the_defaults_reach_the_ceiling_and_stay_there_three_times_as_long(tmp_p
 
 
 BAD_FLAGS = {
-    "--iterations 0": "argument --iterations: must be at least 1, got 0",
+    "--iterations 0": "argument --iterations: must be at least 1 and at most 1000000, got 0",
     "--iterations many": "argument --iterations: invalid int value: 'many'",
-    "--prompts 0": "argument --prompts: must be at least 1, got 0",
-    "--group-size 1": "argument --group-size: must be at least 2, got 1",
-    "--beta 0": "argument --beta: must be positive, got 0.0",
-    "--beta nan": "argument --beta: must be positive, got nan",
-    "--learning-rate -1": "argument --learning-rate: must be positive, got -1.0",
-    "--t-min 1": "argument --t-min: must be in [0, 1), got 1.0",
-    "--rollout-steps 0": "argument --rollout-steps: must be at least 1, got 0",
-    "--train-timesteps 0": "argument --train-timesteps: must be at least 1, got 0",
+    "--prompts 0": "argument --prompts: must be at least 1 and at most 1000000, got 0",
+    "--group-size 1": "argument --group_size: must be at least 2 and at most 1000000, got 1",
+    "--group-size 1000000000": "argument --group_size: must be at least 2 and at most 1000000, got "
+    "1000000000",
+    "--group_size 100000": "argument --group_size: prompts, group_size and train_timesteps "
+    "multiply to at most 1000000, which is what memory holds, got 3200000",
+    "--beta 0": "argument --beta: must be above 0, got 0.0",
+    "--beta nan": "argument --beta: must be above 0, got nan",
+    "--learning-rate -1": "argument --learning_rate: must be above 0, got -1.0",
+    "--learning-rate inf": "argument --learning_rate: must be a finite number, got inf",
+    "--t-min 1": "argument --t_min: must be at least 0 and below 1, got 1.0",
+    "--t_min 1": "argument --t_min: must be at least 0 and below 1, got 1.0",
+    "--rollout-steps 0": "argument --rollout_steps: must be at least 1 and at most 1000, got 0",
+    "--train-timesteps 0": "argument --train_timesteps: must be at least 1 and at most 1000, got 0",
     "--kl -0.1": "argument --kl: must be at least 0, got -0.1",
     "--clip -1 --ema 0.9": "argument --clip: must be at least 0, got -1.0",
-    "--clip 0.1": "argument --clip: compares theta with theta^-, which differ only with --ema",
-    "--ema 1.5": "argument --ema: must be in [0, 1], got 1.5",
-    "--seed -1": "argument --seed: must be in [0, 2^63), got -1",
+    "--clip 0.1": "argument --clip: compares theta with theta_old, which differ only with --ema",
+    "--ema 1.5": "argument --ema: must be at least 0 and at most 1, got 1.5",
+    "--seed -1": f"argument --seed: must be at least 0 and below {2**63}, got -1",
+    "--out=": "argument --out: must name a folder, got an empty string",
     "--nonsense": "unrecognized arguments: --nonsense",
 }
 
 
-def test_bad_flags_end_with_one_line_and_exit_code_2(capsys, monkeypatch):
+def test_bad_flags_end_with_one_line_and_exit_code_2(capsys):
     import run_2d
 
     for flags, message in BAD_FLAGS.items():
-        monkeypatch.setattr(sys, "argv", ["run_2d.py", *flags.split()])
         with pytest.raises(SystemExit) as stop:
-            run_2d.parse_args()
+            run_2d.run("run_2d.py", functools.partial(run_2d.parse_args, flags.split()))
         printed = capsys.readouterr()
         assert stop.value.code == 2 and printed.out == ""
         assert printed.err == f"run_2d.py: {message}\n"
+
+
+@pytest.fixture
+def torch_that_stops(tmp_path, monkeypatch):
+    """A torch whose import is interrupted by Ctrl-C."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "torch.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+
+
+def test_a_bad_flag_is_answered_before_torch_is_imported(torch_that_stops):
+    result = run("--iterations", 0)
+    assert result.returncode == 2 and "argument --iterations: must be at least 1" in result.stderr
+
+
+def test_ctrl_c_while_importing_is_one_line(torch_that_stops, tmp_path):
+    result = run("--out", tmp_path)
+    assert result.returncode == 130 and result.stderr == "run_2d.py: stopped\n"
+
+
+def test_a_run_that_blows_up_is_the_inputs_fault(tmp_path):
+    result = run("--learning-rate", 1e30, "--out", tmp_path)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("run_2d.py: ") and last.endswith("; lower --learning_rate?")
 
 
 def test_a_folder_that_cannot_be_written_stops_before_any_work(tmp_path):

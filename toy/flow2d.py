@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/run_2d
 import dgpo  # noqa: E402
 
 CONDITIONS, MODES, RADIUS, STD = 4, 8, 2.0, 0.15
+PRETRAINING_STEPS = 1500  # after which `pretrain` has learnt the data
 
 
 def mode_centers(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -203,7 +204,11 @@ def on_mode_share(x: Tensor) -> float:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of (N, 2) and (M, 2): 0 if and only if p_X = p_Y."""
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| from samples (N, 2) of p_X and (M, 2) of p_Y.
+
+    It is 0 if p_X = p_Y and else positive. The estimate is unbiased, as no point is paired with
+    itself; so it scatters about its value, and for equal densities may be just below 0.
+    """
     between = torch.cdist(x, y).mean()
     within = sum(torch.pdist(z).sum() * 2 / (len(z) * (len(z) - 1)) for z in (x, y))
     return (2 * between - within).item()
