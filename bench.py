@@ -74,17 +74,10 @@ def random_eye() -> nn.Module:
 
 
 def random_reward(device: torch.device) -> rewards.Reward:
-    """A reward that means nothing and costs what PickScore's eye does.
-
-    Not counted: its text encoder, and the processor, which resizes images on the CPU.
-    """
+    """Costs what PickScore's eye does; not its text encoder, nor its processor on the CPU."""
     eye = random_eye().to(device)
-
-    @torch.no_grad()
-    def reward(images: Tensor, prompts: list[dict]) -> Tensor:
-        return eye(F.interpolate(images, (224, 224))).pooler_output.mean(1)
-
-    return reward
+    with_images = torch.no_grad()(lambda x: eye(F.interpolate(x, (224, 224))).pooler_output.mean(1))
+    return lambda images, prompts: with_images(images)
 
 
 def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
@@ -246,7 +239,7 @@ def plan(args: Arguments) -> None:
     lora = f"LoRA, {1000 * size.lora:.1f} M in float32"
     for name, gigabytes in {
         f"transformer, {size.transformer:.2f} G parameters in bf16": 2 * size.transformer,
-        f"{lora}, its gradient, Adam, theta^- and EMA": 24 * size.lora,
+        f"{lora}, its gradient, Adam, theta_old and saved average": 24 * size.lora,
         "VAE in float32": 4 * size.vae,
         "text encoders in bf16, at times and without activations": 2 * size.encoders,
         "together, while prompts are encoded": always + 2 * size.encoders,
@@ -389,9 +382,9 @@ def bare_passes(
 def step(args: Arguments) -> None:
     """Times steps against their bare network passes, in one run.
 
-    Beside it what the passes must take at the machine's measured peaks, and the share of the peak
-    of matrix products that they reach (MFU). Recomputed activations count as work. "products" is
-    the share of products, attention and convolutions in the time at the peaks.
+    Beside it what the passes must take at the machine's measured peaks, and the share that they
+    reach in the peak of matrix products (MFU). Recomputed activations count as work. "products" is
+    the share that products, attention and convolutions have in the time at the peaks.
     """
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
     trainer, random = load(args, texts)
@@ -452,11 +445,11 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
         guided = model.velocity(TEXT, args.reference_guidance_scale)
         times = torch.full((len(x0),), t, device=x0.device)
         asked = ((1 - t) * x0 + t * eps, times, times)
-        with torch.no_grad(), model.theta_old() if args.ema_reference else model.reference():
-            v_ref = guided(*asked)
+        with torch.no_grad(), model.reference():
+            v_frozen = guided(*asked)
         with torch.no_grad(), model.theta_old():
             v_old = theta(*asked)
-        v = theta(*asked)
+        v, v_ref = theta(*asked), v_old if args.ema_reference else v_frozen
         loss, loss_ref, loss_old = (
             (u - (eps - x0)).square().mean((1, 2, 3)) for u in (v, v_ref, v_old)
         )
@@ -465,7 +458,7 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
         seen = torch.where(far & bool(args.clip), loss.detach(), loss)
         S = (advantages * (seen - loss_ref)).mean()
         eq17 = -F.logsigmoid(-args.beta * S) / args.beta
-        penalty = (v - v_ref).square().mean()
+        penalty = (v - v_frozen).square().mean()
         total = (eq17 + args.kl * penalty) / K / args.prompts_per_step
         total.backward()
         _ = [number.item() for number in (total, S, penalty, ratio.mean())]
@@ -545,18 +538,18 @@ def twice_the_images(trainer: Trainer) -> contextlib.AbstractContextManager:
     return patch.object(trainer.model, "images_a_pass", 2 * trainer.model.images_a_pass)
 
 
-@contextlib.contextmanager
-def vae_to(trainer: Trainer, there: dict[str, Any], back: dict[str, Any]) -> Iterator[None]:
-    """In bf16 its values are rounded for good, but its speed is the same again afterwards."""
-    trainer.model.pipe.vae.to(**there)
-    try:
-        yield
-    finally:
-        trainer.model.pipe.vae.to(**back)
-
-
 def vae_change(name: str, there: object, back: object) -> Callable:
-    return lambda trainer: vae_to(trainer, {name: there}, {name: back})
+    """In bf16 its values are rounded for good, but its speed is the same again afterwards."""
+
+    @contextlib.contextmanager
+    def change(trainer: Trainer) -> Iterator[None]:
+        trainer.model.pipe.vae.to(**{name: there})
+        try:
+            yield
+        finally:
+            trainer.model.pipe.vae.to(**{name: back})
+
+    return change
 
 
 # The change, the phases it may help, and the operations whose time at the peaks it may save; or
@@ -578,24 +571,6 @@ CHANGES: list[tuple[str, Callable, tuple[str, ...], str | None]] = [
 def graphs() -> int:
     """That torch.compile has made so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def waits(work: Callable[[], object]) -> int:
-    """How often the host needs a number from the device, and on a GPU waits for it.
-
-    What is copied to the device, a group's embeddings, noise and advantages, makes it wait, too.
-    """
-    count = 0
-
-    class Looks(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal count
-            count += func._overloadpacket is torch.ops.aten._local_scalar_dense
-            return func(*args, **(kwargs or {}))
-
-    with Looks():
-        work()
-    return count
 
 
 def changes(args: Arguments) -> None:
@@ -633,7 +608,7 @@ def changes(args: Arguments) -> None:
             except RuntimeError as error:  # no such attention here
                 print(f"| {title} | {name} | - | {first_line(error)} | - |", flush=True)
                 continue
-            first, made, took = time.perf_counter() - start, graphs(), []
+            compiling, took = (graphs() - before, time.perf_counter() - start), []
             for _ in range(args.repeats):
                 slow = seconds(device, work)
                 with change(trainer):
@@ -647,10 +622,8 @@ def changes(args: Arguments) -> None:
             bound = min(slow for slow, _ in took) / least
             off = distance(changed, unchanged[name])
             print(f"| {title} | {name} | {bound:.2f} | {ratio(took)} | {off:.1e} |", flush=True)
-            if made > before:
-                more = f"{graphs() - made} more in {args.repeats} repetitions"
-                print(f"({made - before} graphs made in {first:.0f} s, {more})")
-    print(f"the host waits for a number {waits(phases['train'])} times in a group's training")
+            if compiling[0]:
+                print("({} graphs were made in {:.0f} s)".format(*compiling))
 
 
 COMMANDS = {"plan": plan, "step": step, "plain": plain, "changes": changes}

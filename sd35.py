@@ -2,13 +2,12 @@
 
 theta is a LoRA in a frozen transformer. So four networks share one set of weights: theta; the
 reference, which is the transformer without the LoRA; and theta_old and the saved average, which are
-other values of the LoRA. Whose answer is wanted is said by a context of `Model`:
+other values of the LoRA. Whose answer is wanted is said by a context, as in
 
     with model.theta_old():
         latents = model.sample("a red cube", noise, steps=10, guidance=4.5)
 
-Times are those of the sampler's shifted schedule, in [0, 1], where 1 is pure noise; a transformer
-of diffusers takes 1000 times that.
+Times are the sampler's, in [0, 1], with 1 = pure noise; diffusers' transformer takes 1000 times it.
 """
 
 from __future__ import annotations
@@ -23,13 +22,9 @@ from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    StableDiffusion3Pipeline,
-)
+from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
@@ -44,10 +39,8 @@ diffusers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as load_lora_weights of diffusers looks for it
-LORA_TARGETS = [
-    f"attn.{name}"
-    for name in "add_k_proj add_q_proj add_v_proj to_add_out to_k to_q to_v to_out.0".split()
-]
+LORA_LAYERS = "add_k_proj add_q_proj add_v_proj to_add_out to_k to_q to_v to_out.0"
+LORA_TARGETS = [f"attn.{name}" for name in LORA_LAYERS.split()]
 
 
 def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
@@ -69,19 +62,23 @@ def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
 
 
 def make_scheduler(sampler: str, shift: float) -> Any:
-    """The sampler of a rollout, "dpm++" or "euler", on the schedule t -> shift t / (1 + ...)."""
+    """A rollout's sampler, "dpm++" or "euler". shift: t becomes shift t / (1 + (shift - 1) t)."""
     if sampler == "euler":
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     # Leaving out flow_shift would silently give an unshifted schedule.
-    return DPMSolverMultistepScheduler(
+    return diffusers.DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
     )
 
 
 def rollout_times(scheduler: Any, steps: int) -> Tensor:
-    """The times (steps,) at which a rollout asks the model, in [0, 1], noisiest first."""
+    """The times (steps,) at which a rollout asks the model, in [0, 1], noisiest first.
+
+    They are what the scheduler gives to the model, in thousandths, as in the released trainer. Its
+    sigmas are a little larger with DPM-Solver++, which rounds times down.
+    """
     scheduler.set_timesteps(steps)
-    return scheduler.sigmas[:-1].float()
+    return scheduler.timesteps.float() / 1000
 
 
 def add_lora(
@@ -89,15 +86,11 @@ def add_lora(
 ) -> list[nn.Parameter]:
     """Puts a LoRA that changes nothing yet into the transformer. Returns theta, in float32.
 
-    seed: what theta starts from, the same on every process. checkpointing: activations are computed
-    again in the backward pass rather than kept.
+    seed: of its start, the same on every process. checkpointing: of activations, to save memory.
     """
     torch.manual_seed(seed)
-    transformer.add_adapter(
-        LoraConfig(
-            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS
-        )
-    )
+    about = {"init_lora_weights": "gaussian", "target_modules": LORA_TARGETS}
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, **about))
     cast_training_params(transformer, dtype=torch.float32)
     if checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -130,7 +123,7 @@ def with_values(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterato
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: diffusers.AutoencoderKL, latents: Tensor) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] of latents (N, C, h, w) in any precision."""
     latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
@@ -168,13 +161,9 @@ class Encoder:
         # One by one: what a prompt becomes does not depend on the others of a batch.
         for text in texts:
             if text not in found:
+                how = {"device": self.device, "max_sequence_length": self.length}
                 embeds, _, pooled, _ = self.pipe.encode_prompt(
-                    text,
-                    text,
-                    text,
-                    device=self.device,
-                    do_classifier_free_guidance=False,
-                    max_sequence_length=self.length,
+                    text, text, text, do_classifier_free_guidance=False, **how
                 )
                 found[text] = Encoded(embeds.float().cpu(), pooled.float().cpu())
         for module in self.modules:
@@ -186,10 +175,9 @@ class Encoder:
 class Model:
     """Who can be asked, and for what. Asked is theta, unless a context names another.
 
-    theta: the LoRA's parameters in pipe.transformer. resolution: the side of a picture in pixels.
-    images_a_pass: most images that go through a network at once. autocast: gives the context in
-    which the transformer runs. between_passes: called before each pass; what it raises ends the
-    work. encoded: the prompts at hand, which must include the empty one where there is guidance.
+    theta: the LoRA's parameters. resolution: a picture's side in pixels. images_a_pass: most images
+    in a network at once. autocast: gives the transformer's context. between_passes: called before
+    each pass; what it raises ends the work. encoded: the prompts at hand, and for guidance "".
     """
 
     pipe: StableDiffusion3Pipeline
@@ -267,9 +255,7 @@ class Model:
 
         who: the context of the one that is asked, such as self.reference; by default theta.
         """
-        encoded = [self.embedding(text)]
-        if guidance != 1:
-            encoded.append(self.embedding(""))
+        encoded = [self.embedding(each) for each in ([text] if guidance == 1 else [text, ""])]
 
         def v(x: Tensor, t: Tensor, p: Tensor) -> Tensor:
             self.between_passes()
@@ -297,12 +283,12 @@ def save_lora(model: Model, folder: Path) -> None:
         with model.saved_average():
             StableDiffusion3Pipeline.save_lora_weights(
                 aside,
+                weight_name=LORA_FILE,
                 transformer_lora_layers=get_peft_model_state_dict(transformer),
                 # Without this, the LoRA would be loaded at scale 1 instead of alpha / rank.
                 transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
             )
-        (name,) = os.listdir(aside)
-        os.replace(Path(aside) / name, folder / LORA_FILE)
+        os.replace(Path(aside) / LORA_FILE, folder / LORA_FILE)
 
 
 def load_lora(pipe: StableDiffusion3Pipeline, folder: Path | str) -> None:

@@ -8,6 +8,7 @@ import tiny_sd35
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+import sd35
 from rewards import geneval
 
 
@@ -67,3 +68,19 @@ def tiny(tmp_path_factory):
     lines = [json.dumps(prompt) + "\n" for prompt in shapes.prompt_list()[:20]]
     (folder / "prompts.jsonl").write_text("".join(lines))
     return folder
+
+
+@pytest.fixture
+def tiny_model(tiny):
+    """sd35.Model with a LoRA that does something, and theta_old and saved average are others."""
+    pipe = sd35.load_pipeline(str(tiny), torch.float32)
+    pipe.scheduler = sd35.make_scheduler("dpm++", 3.0)
+    encoded = sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu"))(["red diamond"], {})
+    theta = sd35.add_lora(pipe.transformer, 4, 8, 0, False)
+    model = sd35.Model(pipe, theta, shapes.SIDE, 4, encoded=encoded)
+    with torch.no_grad():
+        for values, scale in ((model.theta, 0.1), (model.old, 0.2), (model.average, 0.3)):
+            for i, value in enumerate(values):
+                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
+                value.add_(scale * noise)
+    return model

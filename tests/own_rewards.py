@@ -15,6 +15,11 @@ def constant(images, prompts):
     return [1.0] * len(images)
 
 
+def constant_for_some(images, prompts):
+    constant = len(prompts[0]["prompt"]) % 2
+    return [1.0] * len(images) if constant else brightness(images, prompts)
+
+
 def nan_for_some(images, prompts):
     scores = images.mean((1, 2, 3))
     if len(prompts[0]["prompt"]) % 2:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -18,7 +19,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
+import bench
 import cli
+import records
 import sd35
 import train_sd35
 
@@ -38,7 +41,7 @@ def flags(tiny, out, **changed):
     """The command line of a run of three steps on the tiny pipeline, with other settings if any."""
     settings = {
         "model": tiny,
-        "train_prompts": tiny / "prompts.jsonl",
+        "train_prompts": f"{tiny}/prompts.jsonl",
         "output_dir": out,
         "reward": f"{REWARD}:brightness",
         "resolution": shapes.SIDE,
@@ -100,34 +103,81 @@ def plain(tiny, tmp_path_factory):
 # Settings
 
 
-@pytest.mark.parametrize(
-    ("recipe", "expected"),
-    [
-        ("geneval", (16, 8, 100, 0.02, 1e-2, "group", 5, 4.5, 1.0, 500, False)),
-        ("ocr", (16, 8, 100, 0.02, 1e-2, "batch", 7, 4.5, 1.0, 200, False)),
-        ("pickscore", (24, 8, 10, 0.001, 5e-2, "batch", 7, 4.5, 1.0, 200, False)),
-        ("cfg_free", (16, 8, 100, 0.02, 1e-5, "batch", 7, 1.0, 4.5, 200, False)),
-        ("cfg_free_ema", (16, 8, 2000, 0.02, 1e-5, "batch", 7, 1.0, 1.0, 200, True)),
-    ],
-)
-def test_recipes_are_the_released_settings(recipe, expected, tmp_path):
-    args = train_sd35.parse_args(["--recipe", recipe, "--output_dir", str(tmp_path / "run")])
-    names = "group_size prompts_per_step beta kl clip std".split()
-    later = "guidance_scale reference_guidance_scale old_after ema_reference".split()
-    found = [getattr(args, n) for n in names] + [len(train_sd35.trained_times(args))]
-    assert (*found, *(getattr(args, n) for n in later)) == expected
+# What config/*.py of github.com/Luo-Yihong/DGPO hold at commit 01ceb4b when they are run, in the
+# order of COLUMNS: sample.num_image_per_prompt, num_groups, train.beta_dpo, train.beta, clip_range,
+# sample.global_std, trunc_steps + 1, sample.guidance_scale, kl_cfg, switch_ema_ref, use_ema_ref,
+# sample.num_batches_per_epoch, sample.eval_num_steps. One number is not the file's: kl_cfg of
+# dgpo_wocfg_emaref is 1.0 there, and README.md says "1.0 # or 4.5/3.5".
+PUBLISHED = {
+    ("ocr", "guided"): (16, 8, 100, 0.02, 1e-2, "batch", 7, 4.5, 1.0, 200, False, 2, 14),
+    ("geneval", "guided"): (16, 8, 100, 0.02, 1e-2, "group", 5, 4.5, 1.0, 500, False, 2, 14),
+    ("pickscore", "guided"): (24, 8, 10, 0.001, 5e-2, "batch", 7, 4.5, 1.0, 200, False, 4, 14),
+    ("ocr", "cfg_free"): (16, 8, 100, 0.02, 1e-3, "batch", 7, 1.0, 4.5, 200, False, 2, 10),
+    ("geneval", "cfg_free"): (16, 8, 100, 0.02, 1e-3, "group", 5, 1.0, 4.5, 500, False, 2, 10),
+    ("ocr", "cfg_free_ema"): (16, 8, 2000, 0.001, 1e-5, "batch", 7, 1.0, 4.5, 200, True, 2, 10),
+    ("geneval", "cfg_free_ema"): (16, 8, 2000, 1e-3, 1e-5, "group", 5, 1.0, 4.5, 500, True, 2, 10),
+}
+COLUMNS = (
+    "group_size prompts_per_step beta kl clip std trained guidance_scale "
+    "reference_guidance_scale old_after ema_reference ema_updates eval_inference_steps"
+).split()
+
+
+@pytest.mark.parametrize(("reward", "recipe"), PUBLISHED)
+def test_recipes_are_the_released_settings(reward, recipe):
+    args = train_sd35.parse_args(["--reward", reward, "--recipe", recipe])
+    found = {**vars(args), "trained": len(train_sd35.trained_times(args))}
+    expected = dict(zip(COLUMNS, PUBLISHED[reward, recipe], strict=True))
+    assert {name: found[name] for name in COLUMNS} == expected
     common = (args.learning_rate, args.rank, args.lora_alpha, args.train_timesteps)
     assert common == (3e-4, 64, 128, 4)
     assert (args.num_inference_steps, args.flow_shift, args.sampler) == (10, 3.0, "dpm++")
+    assert (args.ema_decay, args.ema_steps, args.old_ema_decay) == (0.9, 8, 0.3)
 
 
-def test_the_recipe_follows_the_reward_and_flags_win(tmp_path):
-    out = ["--output_dir", str(tmp_path / "run")]
-    own = ["--reward", f"{REWARD}:brightness"]
-    assert train_sd35.parse_args([*out, "--reward", "pickscore"]).recipe == "pickscore"
-    assert train_sd35.parse_args([*out, *own]).recipe == "pickscore"
-    args = train_sd35.parse_args([*out, *own, "--recipe", "geneval", "--beta", "7", "--kl", "0"])
-    assert (args.beta, args.kl, args.group_size) == (7, 0, 16)
+@pytest.mark.parametrize(
+    ("reward", "task"),
+    [
+        (["pickscore"], "pickscore"),
+        (["geneval_official=2"], "geneval"),
+        (["aesthetic", "ocr"], "ocr"),
+        (["pickscore", "ocr", "geneval"], "geneval"),
+        ([f"{REWARD}:brightness"], "pickscore"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["guided", "cfg_free", "cfg_free_ema"])
+def test_settings_and_prompts_follow_the_reward(reward, task, recipe, monkeypatch):
+    """OCR's reward would die at the first prompt without quotes."""
+    args = train_sd35.parse_args(["--reward", *reward, "--recipe", recipe])
+    assert args.old_after == (500 if task == "geneval" else 200)
+    read = []
+    monkeypatch.setattr(
+        train_sd35.prompt_sets, "load", lambda name: read.append(name) or [{"prompt": "a"}]
+    )
+    train_sd35.read_prompts(args)
+    assert read == [task]
+
+
+def test_flags_win():
+    args = train_sd35.parse_args(["--reward", "geneval", "--beta", "7", "--kl", "0"])
+    assert (args.beta, args.kl, args.group_size, args.std) == (7, 0, 16, "group")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--reward ocr --recipe cfg_free", "--no_gradient_checkpointing --micro_batch_size auto"],
+)
+def test_printed_arguments_are_a_config_that_gives_them_again(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train_sd35.py", *line.split(), "--print_arguments"])
+    train_sd35.main()
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    asked = train_sd35.parse_args(line.split())
+    again = train_sd35.parse_args(["--config", str(tmp_path / "run.yaml")])
+    again.config = None
+    assert again == asked and not Path(asked.output_dir).exists()
+    with pytest.raises(train_sd35.Fault, match="must be true or false, got maybe"):
+        (tmp_path / "run.yaml").write_text("offline: maybe")
+        train_sd35.parse_args(["--config", str(tmp_path / "run.yaml")])
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -167,10 +217,10 @@ BAD = {
     "--report_to paper": "invalid choice: 'paper'",
     "--report_to wandb": "--report_to: needs `pip install wandb`",
     "--micro_batch_size -1": "--micro_batch_size: must be at least 1, or auto, got -1",
-    "--micro_batch_size few": ": must be a number or auto, got few",
+    "--micro_batch_size few": ": must be at least 1, or auto, got few",
     "--output_dir {}/file/run": "--output_dir: cannot write to",
     "--output_dir {}/other": "holds a run; continue it with --resume_from_checkpoint latest",
-    "--output_dir {}/other --resume_from_checkpoint latest --recipe pickscore": "has 3, got 24",
+    "--output_dir {}/other --resume_from_checkpoint latest --group_size 24": "has 3, got 24",
 }
 
 
@@ -194,10 +244,8 @@ def test_bad_input_is_one_line(line, tmp_path):
     (tmp_path / "other" / "arguments.json").write_text(json.dumps(kept))
     if "--output_dir" not in args:
         args += ["--output_dir", str(tmp_path / "run")]
-    if "--recipe" not in args:
-        args += ["--recipe", "ocr"]
     with pytest.raises(train_sd35.Fault) as fault:
-        train_sd35.claim_folder(train_sd35.parse_args(args))
+        records.claim_folder(train_sd35.parse_args(args))
     assert BAD[line] in str(fault.value) and "\n" not in str(fault.value)
 
 
@@ -222,8 +270,7 @@ def test_the_help_shows_every_default_also_where_a_recipe_has_it(capsys, monkeyp
         shown = field.metadata.get("shown", getattr(train_sd35.Arguments, field.name, ""))
         missing = shown in (None, "") and field.name not in NO_DEFAULT
         assert not missing and (not shown or f"default: {shown}" in help_text), field.name
-    for name in train_sd35.RELEASED:
-        assert str(train_sd35.RELEASED[name]) in help_text.split(f"--{name} ")[-1], name
+    assert "100.0, pickscore 10.0, cfg_free_ema 2000.0" in help_text
 
 
 NO_DEFAULT = "reward reward_model eval_reward resume_from_checkpoint report_to config".split()
@@ -235,6 +282,181 @@ def test_a_missing_model_says_what_to_do(tiny, tmp_path):
 
 
 # The steps
+
+
+def trained(tiny, out, **changed):
+    """A trainer with a LoRA that does something, and a group's latents and advantages."""
+    return bench.prepare(train_sd35.parse_args(flags(tiny, out, **changed), bench.Arguments))
+
+
+def theta_gradient(trainer, x0, advantages):
+    return bench.gradients(
+        trainer, lambda: trainer.backward_group(0, 0, bench.TEXT, x0, advantages)
+    )
+
+
+def test_with_an_ema_reference_the_kl_stays_to_the_frozen_guided_one(tiny, tmp_path):
+    """What kl adds to the gradient is the same, whoever is compared with in the gap."""
+    added = {}
+    for recipe in ("cfg_free", "cfg_free_ema"):
+        found = []
+        for kl in (0, 0.5):
+            settings = {"recipe": recipe, "kl": kl, "beta": 10, "clip": 0}
+            found.append(theta_gradient(*trained(tiny, tmp_path, **settings)))
+        added[recipe] = [b - a for a, b in zip(*found, strict=True)]
+    assert sum(g.abs().sum() for g in added["cfg_free"]) > 1e-3
+    assert bench.distance(added["cfg_free_ema"], added["cfg_free"]) < 1e-4
+
+
+def test_an_ema_reference_costs_no_pass_more(tiny, tmp_path, monkeypatch):
+    counted = {}
+    for recipe in ("cfg_free", "cfg_free_ema"):
+        settings = {"recipe": recipe, "kl": 0.1, "clip": 1e-3, "micro_batch_size": 4}
+        trainer, *group = trained(tiny, tmp_path, **settings)
+        images, forward = [], trainer.model.pipe.transformer.forward
+        monkeypatch.setattr(
+            trainer.model.pipe.transformer,
+            "forward",
+            lambda *a, f=forward, n=images, **k: n.append(len(k["hidden_states"])) or f(*a, **k),
+        )
+        theta_gradient(trainer, *group)
+        counted[recipe] = images
+    # At each of two times: the guided reference, theta_old, and theta; in the gap theta_old again.
+    assert sorted(counted["cfg_free_ema"]) == sorted(counted["cfg_free"]) == [4, 4, 4, 4, 8, 8]
+
+
+def test_a_group_of_equal_rewards_keeps_its_kl(tiny, tmp_path, monkeypatch):
+    trainer, x0, _ = trained(tiny, tmp_path, kl=0.5, clip=1e-3)
+    equal = torch.zeros(len(x0))
+    asked = []
+    for name in ("reference", "theta_old"):
+        who = getattr(trainer.model, name)
+        monkeypatch.setattr(
+            trainer.model, name, lambda who=who, name=name: asked.append(name) or who()
+        )
+    found = theta_gradient(trainer, x0, equal)
+    assert set(asked) == {"reference"}
+    expected = [torch.zeros_like(gradient) for gradient in found]
+    model, args, K = trainer.model, trainer.args, trainer.args.train_timesteps
+    generator = train_sd35.seeded(args.seed, train_sd35.TIMES, 0)
+    for k, i in enumerate(torch.randperm(len(trainer.times), generator=generator)[:K]):
+        t = trainer.times[i].expand(len(x0))
+        eps = trainer.noise(train_sd35.TRAINING_NOISE, 0, 0, k)
+        x_t = (1 - t[0]) * x0 + t[0] * eps
+        with torch.no_grad(), model.reference():
+            v_ref = model.velocity(bench.TEXT, args.reference_guidance_scale)(x_t, t, t)
+        kl = (model.velocity(bench.TEXT)(x_t, t, t) - v_ref).square().mean()
+        loss = args.kl * kl / K / args.prompts_per_step
+        for total, gradient in zip(expected, torch.autograd.grad(loss, model.theta), strict=True):
+            total += gradient
+    assert bench.distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kl", [0, 0.02])
+def test_equal_rewards_are_a_step_of_the_kl_or_none(kl, tiny, tmp_path):
+    """At the first step theta is the reference; from then on the KL is all there is."""
+    out = tmp_path / "run"
+    settings = {"reward": f"{REWARD}:constant_for_some", "kl": kl, "max_train_steps": 2}
+    settings |= {"prompts_per_step": 1, "checkpointing_steps": 1, "learning_rate": 1e-2}
+    run(tiny, out, **settings, seed=4)
+    first, second = metrics(out)
+    assert first["equal_groups"] == 0 and 0 < first["gate"] and first["kl"] == 0
+    assert second["equal_groups"] == 1 and second["loss"] is None is second["gate"]
+    states = [load_state(out, step) for step in (1, 2)]
+    moved = any((a != b).any() for a, b in zip(*states, strict=True))
+    if kl:
+        assert second["kl"] > 0 and second["grad_norm"] > 0 and moved
+    else:
+        assert second["kl"] is None and second["grad_norm"] == 0 and not moved
+
+
+def load_state(out, step):
+    return records.load_checkpoint(out / f"checkpoint-{step}")[0]["parameters"]
+
+
+def test_the_trained_times_are_the_schedulers_integers():
+    args = train_sd35.parse_args(["--reward", "ocr"])
+    times = train_sd35.trained_times(args)
+    assert times.tolist() == pytest.approx([t / 1000 for t in (999, 963, 922, 874, 817, 749, 666)])
+    assert (1000 * times).tolist() == [999, 963, 922, 874, 817, 749, 666]  # what the model is told
+
+
+def test_rollouts_come_from_theta_old_after_old_after_not_at_it(tiny, tmp_path, monkeypatch):
+    trainer, *_ = trained(tiny, tmp_path, old_after=3)
+    asked, old = [], trainer.model.theta_old
+    monkeypatch.setattr(trainer.model, "theta_old", lambda: asked.append(step) or old())
+    for step in range(1, 6):
+        trainer.rollout(step, 0, bench.TEXT)
+    assert asked == [4, 5]
+
+
+@pytest.mark.parametrize(("reward", "left"), [("ocr", 0.0138), ("pickscore", 0.00019)])
+def test_the_saved_average_forgets_the_first_lora_as_released(reward, left, tiny, tmp_path):
+    """After 50 steps: the product of ((1 + n) / (10 + n)) ** updates, n = 7, 15, ... 47."""
+    args = train_sd35.parse_args(flags(tiny, tmp_path, reward=reward), bench.Arguments)
+    trainer, *_ = bench.prepare(args)
+    for first, theta in zip(trainer.model.average, trainer.model.theta, strict=True):
+        first.fill_(1.0)
+        theta.data.fill_(0.0)
+    weights = []
+    for step in range(50):
+        trainer.follow(step)
+        weights.append(trainer.model.average[0].flatten()[0].item())
+    updates = {"ocr": 2, "pickscore": 4}[reward]
+    expected = math.prod(((1 + n) / (10 + n)) ** updates for n in (7, 15, 23, 31, 39, 47))
+    assert weights[-1] == pytest.approx(expected, rel=1e-4)
+    assert weights[-1] == pytest.approx(left, rel=0.02)
+    assert weights[5] == 1.0 and weights[6] == pytest.approx((8 / 17) ** updates)
+
+
+def scored(args, **scores):
+    """group_advantages of the trainer for rewards of these scores, each with its weight."""
+    found = {name: (w, torch.tensor(values)) for name, (w, values) in scores.items()}
+    return train_sd35.group_advantages(args, found)
+
+
+def test_one_bad_sample_of_128_does_not_outweigh_the_batch():
+    scores = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)) * 0.01
+    scores[2, 3] = -9
+    args = train_sd35.parse_args(["--reward", "ocr"])
+    found = scored(args, ocr=(1.0, scores.tolist()))
+    assert found.min() == found[2, 3] and -5.5 < found[2, 3] < -5  # without the clamp, -10.6
+    assert found.sum(1).abs().max() < 1e-5
+
+
+ONE, OTHER = [[0.0, 1.0, 2.0, 3.0]], [[0.3, 0.1, 0.1, 0.1]]
+
+
+def test_rewards_of_other_units_count_alike_as_advantages():
+    """PickScore moves by ones and OCR by tenths: a plain sum is decided by the former."""
+    line = ["--reward", "pickscore", "ocr", "--std", "group"]
+    both = {"one": (1.0, ONE), "other": (1.0, OTHER)}
+    args = train_sd35.parse_args(line)
+    assert args.combine == "advantages"
+    found = scored(args, **both)
+    one, other = (scored(args, only=(1.0, values)) for values in (ONE, OTHER))
+    assert torch.allclose(found, one + other)
+    larger = {"one": (1.0, [[10 * v for v in ONE[0]]]), "other": (1.0, OTHER)}
+    assert torch.allclose(scored(args, **larger), found, atol=1e-3)
+    assert torch.allclose(scored(args, one=(2.0, ONE), other=(0.5, OTHER)), 2 * one + 0.5 * other)
+    summed = train_sd35.parse_args([*line, "--combine", "rewards"])
+    expected = scored(summed, sum=(1.0, [[a + b for a, b in zip(ONE[0], OTHER[0], strict=True)]]))
+    assert torch.allclose(scored(summed, **both), expected)
+    assert not torch.allclose(scored(summed, **larger), expected, atol=1e-3)
+    assert train_sd35.parse_args(["--reward", "ocr=3"]).combine == "rewards"  # its weight is none
+
+
+@pytest.mark.parametrize("std", ["group", "batch"])
+def test_advantages_of_several_rewards_balance_so_that_z_cancels(std):
+    """log Z(c) has the coefficient sum A in the gap: zero in every group, also beside a NaN."""
+    args = train_sd35.parse_args(["--reward", "pickscore", "ocr", "--std", std])
+    generator = torch.Generator().manual_seed(0)
+    one, other = (scale * torch.randn(6, 16, generator=generator) for scale in (1.0, 0.1))
+    one[2], other[3, 4] = 7.0, math.nan
+    one[5], other[5] = 1.0, 0.0
+    found = scored(args, one=(1.0, one.tolist()), other=(2.0, other.tolist()))
+    assert found.sum(1).abs().max() < 1e-4 and found.isfinite().all()
+    assert [(row != 0).any().item() for row in found] == [True, True, True, False, True, False]
 
 
 def test_a_run_leaves_what_a_person_wants_to_see(plain):
@@ -253,6 +475,11 @@ def test_a_run_leaves_what_a_person_wants_to_see(plain):
     for file in ("curves.png", "validation/step-000003.png", "README.md", "arguments.json"):
         assert (plain / file).stat().st_size > 100
     assert not list(plain.glob(".*"))  # nothing half-written is left
+    card = (plain / "README.md").read_text()
+    assert "guidance 4.5 (1 is none) at 16 x 16 pixels, and was watched at 14 steps" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "guidance_scale=4.5," in code and "height=16," in code
 
 
 def test_the_lora_loads_in_diffusers_and_draws_the_trainers_own_picture(plain, tiny):
@@ -269,7 +496,7 @@ def test_the_lora_loads_in_diffusers_and_draws_the_trainers_own_picture(plain, t
         output = pipe(
             prompt,
             latents=noise[None],
-            num_inference_steps=args.num_inference_steps,
+            num_inference_steps=args.eval_inference_steps,
             guidance_scale=args.guidance_scale,
             height=side,
             width=side,
@@ -346,9 +573,10 @@ def test_two_processes_take_the_same_steps(plain, tiny, tmp_path):
 
 VARIANTS = {
     "euler": {"sampler": "euler", "t_min": 0.3},
-    "theta^- from the start": {"old_after": 0},
+    "theta_old from the start": {"old_after": 0},
     "an EMA reference": {"recipe": "cfg_free_ema"},
     "a guided reference": {"recipe": "cfg_free"},
+    "several rewards": {"reward": [f"{REWARD}:brightness", f"{REWARD}:darkness=0.5"]},
     "no clip, no KL": {"clip": 0, "kl": 0},
     "std of the group": {"std": "group"},
     "gradient checkpointing": {"gradient_checkpointing": True},
@@ -393,9 +621,10 @@ def test_an_exact_reward_rises(seed, tiny, tmp_path):
 # Rewards that fail
 
 
-def test_weighted_rewards_add_up(tiny, tmp_path):
+@pytest.mark.parametrize("combine", ["rewards", "advantages"])
+def test_weighted_rewards_add_up(combine, tiny, tmp_path):
     both = [f"{REWARD}:brightness=2", "compressibility=0.5"]
-    run(tiny, tmp_path / "run", reward=both, max_train_steps=1)
+    run(tiny, tmp_path / "run", reward=both, max_train_steps=1, combine=combine)
     (line,) = metrics(tmp_path / "run")
     total = 2 * line[f"reward/{REWARD}:brightness"] + 0.5 * line["reward/compressibility"]
     assert line["reward"] == pytest.approx(total, abs=1e-6)
@@ -422,12 +651,6 @@ def test_a_reward_that_fails_ends_the_run_which_is_saved(function, message, tiny
     assert (tmp_path / "run" / "checkpoint-0" / "complete.json").exists()
 
 
-def test_equal_rewards_are_no_step(tiny, tmp_path):
-    run(tiny, tmp_path / "run", reward=f"{REWARD}:constant", max_train_steps=1)
-    (line,) = metrics(tmp_path / "run")
-    assert line["equal_groups"] == 1 and line["gate"] is None and line["grad_norm"] == 0
-
-
 def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp_path, monkeypatch):
     before = []
     original = train_sd35.dgpo.backward_group_loss
@@ -445,7 +668,7 @@ def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp
         run(tiny, tmp_path / "run", max_train_steps=9)
     lines = metrics(tmp_path / "run")
     assert [line["grad_norm"] for line in lines] == [None] * 5
-    state = train_sd35.load_checkpoint(tmp_path / "run" / "checkpoint-5")[0]
+    state = records.load_checkpoint(tmp_path / "run" / "checkpoint-5")[0]
     assert all(torch.equal(*pair) for pair in zip(state["parameters"], state["ema"], strict=True))
     assert state["bad_steps"] == 5 and not state["optimizer"]["state"]
 
@@ -510,7 +733,7 @@ def test_killed_ten_times_it_ends_as_if_never_killed(tiny, whole, tmp_path):
 
 
 def checkpoint_count(out):
-    newest = train_sd35.checkpoints(out)
+    newest = records.checkpoints(out)
     return newest[0].name if newest else ""
 
 
@@ -523,7 +746,7 @@ def test_a_signal_saves_and_the_run_can_go_on(number, tiny, whole, tmp_path):
     os.kill(child, number)
     _, status = os.waitpid(child, 0)
     assert os.WEXITSTATUS(status) == 130
-    (saved,) = train_sd35.checkpoints(out)
+    (saved,) = records.checkpoints(out)
     assert int(saved.name.split("-")[1]) == len(metrics(out))
     run(tiny, out, **LONG, resume_from_checkpoint="latest")
     assert bits(out) == bits(whole)
@@ -545,7 +768,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_saves(tiny, whole, tmp_p
     os.kill(int(second), signal.SIGTERM)
     _, errors = launched.communicate()
     assert "stopped, and saved" in errors and "Traceback" not in errors.split("stopped")[0]
-    (saved,) = train_sd35.checkpoints(out)
+    (saved,) = records.checkpoints(out)
     assert int(saved.name.split("-")[1]) == len(metrics(out)) < LONG["max_train_steps"]
     run(tiny, out, **LONG, resume_from_checkpoint="latest")
     assert difference(lora(whole), lora(out)) < 1e-5
@@ -558,7 +781,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, whole, tmp_pat
     shutil.copytree(whole, out)
     kept = json.loads((out / "arguments.json").read_text())
     (out / "arguments.json").write_text(json.dumps({**kept, "output_dir": str(out)}))
-    newest, *_ = train_sd35.checkpoints(out)
+    newest, *_ = records.checkpoints(out)
     content = bytearray((newest / "state.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (newest / "state.pt").write_bytes(content)
@@ -576,5 +799,5 @@ def test_what_a_run_saves_of_its_arguments_is_a_config(whole, tmp_path):
 
 
 def test_old_checkpoints_go(whole):
-    names = [path.name for path in train_sd35.checkpoints(whole)]
+    names = [path.name for path in records.checkpoints(whole)]
     assert names == ["checkpoint-24", "checkpoint-21", "checkpoint-18"]

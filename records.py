@@ -1,0 +1,215 @@
+"""What a run of train_sd35.py leaves in its folder: checkpoints, curves, pictures, model card."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+import rewards
+import sd35
+from cli import Fault, make_folder, replace_file
+
+matplotlib.use("agg")
+# What a run may be resumed with another value of, because it does not change the steps.
+NOT_OF_THE_STEPS = (
+    "max_train_steps micro_batch_size gradient_checkpointing checkpointing_steps "
+    "checkpoints_total_limit resume_from_checkpoint report_to validation_steps output_dir config "
+    "eval_reward eval_inference_steps print_arguments"
+).split()
+
+
+def claim_folder(args: Any) -> Path:
+    """--output_dir, made if need be. Raises Fault if another run is in it."""
+    out = make_folder(args.output_dir)
+    kept = out / "arguments.json"
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes there
+    if not first or not kept.exists():
+        return out
+    if not args.resume_from_checkpoint:
+        raise Fault(
+            f"argument --output_dir: {out} holds a run; continue it with "
+            "--resume_from_checkpoint latest, or give another folder"
+        )
+    before = json.loads(kept.read_text())
+    may_differ = {*NOT_OF_THE_STEPS} - (
+        {"max_train_steps"} if args.lr_scheduler == "cosine" else {*()}
+    )
+    for name, value in vars(args).items():
+        if name not in may_differ and before.get(name) != value:
+            raise Fault(
+                f"argument --{name}: the run in {out} has {before.get(name)}, got {value}; "
+                "give what it has, or another --output_dir"
+            )
+    return out
+
+
+def begin(out: Path, args: Any) -> None:
+    """Writes arguments.json, and removes what a run that was killed has left half written."""
+    for half_written in out.glob(".checkpoint-*"):
+        shutil.rmtree(half_written)
+    text = json.dumps(vars(args), indent=1)
+    replace_file(out / "arguments.json", lambda new: new.write_text(text))
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The newest first."""
+    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def save_checkpoint(out: Path, model: sd35.Model, state: dict[str, Any], limit: int) -> None:
+    """checkpoint-<step>, complete or not there at all; the oldest beyond the limit go.
+
+    state: besides what the model's is, what else has to be kept: tensors and numbers, and "step".
+    """
+    folder, metrics = out / f"checkpoint-{state['step']}", out / "metrics.jsonl"
+    if folder.exists():
+        return
+    theta = [parameter.detach().cpu() for parameter in model.theta]
+    state = {**state, "parameters": theta, "old": model.old, "ema": model.average}
+    with tempfile.TemporaryDirectory(dir=out, prefix=".checkpoint-") as aside:
+        new = Path(aside) / folder.name
+        new.mkdir()
+        torch.save(state, new / "state.pt")
+        sd35.save_lora(model, new)
+        digest = hashlib.sha256((new / "state.pt").read_bytes()).hexdigest()
+        size = metrics.stat().st_size if metrics.exists() else 0
+        (new / "complete.json").write_text(json.dumps({"sha256": digest, "metrics_bytes": size}))
+        os.replace(new, folder)
+    for old in checkpoints(out)[limit:]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], int]:
+    """The state, and the bytes of metrics.jsonl that belong to it. Raises Fault if damaged."""
+    try:
+        complete = json.loads((folder / "complete.json").read_text())
+        content = (folder / "state.pt").read_bytes()
+        if hashlib.sha256(content).hexdigest() != complete["sha256"]:
+            raise ValueError("its checksum is another")
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        return state, complete["metrics_bytes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Fault(f"checkpoint {folder} is missing or damaged ({error})") from None
+
+
+def newest_checkpoint(out: Path, asked: str) -> tuple[dict[str, Any] | None, int]:
+    """The checkpoint in a folder, or of 'latest' the newest in `out` that is not damaged."""
+    if asked != "latest":
+        return load_checkpoint(Path(asked))
+    for folder in checkpoints(out):
+        try:
+            return load_checkpoint(folder)
+        except Fault as fault:
+            tqdm.write(f"{fault}: taking the one before")
+            folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
+    return None, 0
+
+
+def restore(model: sd35.Model, state: dict[str, Any]) -> None:
+    """Gives theta, theta_old and the saved average what a checkpoint holds."""
+    kept = {"parameters": model.theta, "old": model.old, "ema": model.average}
+    for name, tensors in kept.items():
+        for target, value in zip(tensors, state[name], strict=True):
+            target.data.copy_(value)
+
+
+def plot_curves(metrics: Path, path: Path) -> None:
+    """curves.png: what a person wants to see of metrics.jsonl."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    panels = {
+        "reward": ["reward"],
+        "reward's std in a group": ["reward_std"],
+        "gate": ["gate"],
+        "share clipped, of equal groups": ["clipped", "equal_groups"],
+        "KL (squared velocity)": ["kl"],
+        "validation": sorted({key for line in lines for key in line if key.startswith("eval")}),
+    }
+    figure, axes = matplotlib.pyplot.subplots(2, 3, figsize=(14, 7), dpi=80, layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+        for key, style in zip(keys, itertools.cycle(("-", "--", "-.", ":"))):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            kind, _, name = key.partition("/")  # of own rewards, only the function's name
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=f"{kind} {name.split(':')[-1]}")
+        axis.set_title(title, fontsize=15)
+        axis.tick_params(labelsize=12)
+        if len(axis.lines) > 1:
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2}
+            axis.legend(fontsize=10, frameon=False, **below)
+    figure.supxlabel("step", fontsize=15)
+    replace_file(path, figure.savefig)
+    matplotlib.pyplot.close(figure)
+
+
+def draw_grid(path: Path, texts: list[str], base: Tensor, now: Tensor, title: str) -> None:
+    """A picture with a prompt a row: base on the left, now on the right, from the same noise."""
+    side, line = base.shape[-1], 26
+    scale = max(1, 192 // side)  # so that small pictures can be looked at
+    side *= scale
+    grid = Image.new("RGB", (2 * side, (side + line) * len(texts) + line), "white")
+    draw = ImageDraw.Draw(grid)
+    draw.text((4, 4), f"base | {title}", fill="black", font_size=16)
+    for row, text in enumerate(texts):
+        y = line + row * (side + line)
+        while draw.textlength(text, font_size=14) > 2 * side - 8 and len(text) > 1:
+            text = text[:-2] + "…"
+        draw.text((4, y + 4), text, fill="black", font_size=14)
+        for column, pixels in enumerate(rewards.to_bytes(torch.stack([base[row], now[row]]))):
+            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            grid.paste(picture, (column * side, y + line))
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, grid.save)
+
+
+def write_card(args: Any, metrics: Path) -> None:
+    """README.md, the model card."""
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    settings = "".join(f"{k}: {v}\n" for k, v in vars(args).items())
+    text = f"""---
+base_model: {args.pretrained_model_name_or_path}
+library_name: diffusers
+tags: [lora, dgpo, sd3]
+---
+A LoRA trained by DGPO (arXiv:2510.08425) in {last["step"]} steps on the reward {" ".join(args.reward)}.
+It is meant for guidance {args.guidance_scale:g} (1 is none) at {args.resolution} x {args.resolution} pixels, and was watched at {args.eval_inference_steps} steps.
+
+```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained(
+    "{args.pretrained_model_name_or_path}", torch_dtype=torch.bfloat16
+)
+pipe.load_lora_weights(".", weight_name="{sd35.LORA_FILE}")
+image = pipe(
+    "a prompt",
+    guidance_scale={args.guidance_scale:g},
+    num_inference_steps=40,
+    height={args.resolution},
+    width={args.resolution},
+    max_sequence_length={args.max_sequence_length},
+).images[0]
+```
+
+Mean reward in the last step: {last["reward"]:.4g}. Settings:
+
+```
+{settings}```
+
+![curves](curves.png)
+"""  # noqa: E501
+    replace_file(Path(args.output_dir) / "README.md", lambda new: new.write_text(text))
