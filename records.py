@@ -1,7 +1,25 @@
-"""What a run of train_sd35.py leaves in its folder: checkpoints, curves, pictures, model card."""
+"""What a run of train_sd35.py leaves in its folder: metrics, checkpoints, pictures, model card.
+
+metrics.jsonl has a line a step. Means are over the step's groups, null where there is none.
+
+    reward, reward_std    mean, and std in a group, of the weighted sum of the rewards
+    reward/NAME           and reward_std/NAME: of one reward alone
+    equal_groups          share of groups whose advantages are all zero: only the KL trains them
+    groups_not_finite     share of groups that are left out, as a score is NaN or infinite
+    loss, gap, gate       Eq. 17 at beta / G, the gap as a mean over the group, sigmoid(-beta gap)
+    clipped               share of the samples that the clip dropped
+    kl                    mean square of theta's velocity minus the reference's
+    grad_norm             before it is clipped; null if the step was left out as it is not finite
+    seconds               of the step, and images_per_second, drawn, scored and trained on
+    seconds/PHASE         rollout, decode, wait and train add up to the step. wait is for scores:
+                          the rewards work beside the rollout, for seconds/reward in all
+    share/PHASE           seconds/PHASE over seconds
+    eval/NAME             and eval_base/NAME: a reward of the validation pictures, now and at first
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -9,11 +27,13 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot
 import torch
+from accelerate.utils import gather_object
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
@@ -125,6 +145,58 @@ def restore(model: sd35.Model, state: dict[str, Any]) -> None:
     for name, tensors in kept.items():
         for target, value in zip(tensors, state[name], strict=True):
             target.data.copy_(value)
+
+
+class Clock:
+    """Seconds in each phase of a step, which begins with it. Phases may be in different threads."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.seconds, self.start = device.type == "cuda", {}, time.perf_counter()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self, images: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        found = {"seconds": seconds, "images_per_second": images / seconds}
+        for phase, value in self.seconds.items():
+            found |= {f"seconds/{phase}": value, f"share/{phase}": value / seconds}
+        memory = {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
+        return found | memory
+
+
+def reward_metrics(scores: dict, advantages: Tensor, finite: Tensor) -> dict[str, float]:
+    """Means over the groups whose scores are finite (P,), and the shares of the others."""
+
+    def about(name: str, values: Tensor) -> dict[str, float]:
+        values = values[finite]
+        spread = values.std(1, correction=0).mean().item()
+        return {f"reward{name}": values.mean().item(), f"reward_std{name}": spread}
+
+    found = about("", sum(weight * values for weight, values in scores.values()))
+    for name, (_, values) in scores.items():
+        found |= about(f"/{name}", values)
+    left_out = {"equal_groups": finite & (advantages == 0).all(1), "groups_not_finite": ~finite}
+    return found | {name: which.float().mean().item() for name, which in left_out.items()}
+
+
+def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """The KL of all groups that were trained on, the others of those with a preference; or None."""
+    names = ("loss", "gap", "gate", "clipped", "kl")
+    found = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
+    rows = gather_object(found)
+    means: dict[str, float | None] = {}
+    for i, name in enumerate(names):
+        values = [row[i] for row in rows if row[-1] or name == "kl"]
+        means[name] = sum(values) / len(values) if values else None
+    return means
 
 
 def plot_curves(metrics: Path, path: Path) -> None:

@@ -20,8 +20,9 @@ import math
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,7 @@ import prompts as prompt_sets
 import records
 import rewards
 import sd35
+from records import Clock
 
 NOISE, TIMES, TRAINING_NOISE, ORDER, VALIDATION = range(5)  # what a seed is for
 
@@ -329,28 +331,18 @@ def seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> 1))
 
 
-class Clock:
-    """Seconds in each phase of a step."""
+def in_thread(work: Callable, *args: Any) -> futures.Future:
+    """The result of work(*args), done in a daemon thread: an executor's would delay the end."""
+    future = futures.Future()
 
-    def __init__(self, device: torch.device):
-        self.cuda, self.seconds = device.type == "cuda", {}
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+    def run() -> None:
+        try:
+            future.set_result(work(*args))
+        except BaseException as error:
+            future.set_exception(error)
 
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def metrics(self, seconds: float, images: int) -> dict[str, float]:
-        found = {"seconds": seconds, "images_per_second": images / seconds}
-        for phase, value in self.seconds.items():
-            found |= {f"seconds/{phase}": value, f"share/{phase}": value / seconds}
-        memory = {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
-        return found | memory
+    threading.Thread(target=run, name=in_thread.__name__, daemon=True).start()
+    return future
 
 
 def prompts_of_step(prompts: list[dict], args: Arguments, step: int) -> list[dict]:
@@ -420,7 +412,7 @@ class Trainer:
         chosen: the step's prompts, line 3. Raises Fault if a reward fails or no group has rewards
         that are finite, and Stopped on every process if one has got a signal.
         """
-        clock, start = Clock(self.device), time.perf_counter()
+        clock = Clock(self.device)
         self.optimizer.zero_grad()
         latents, scores = self.draw_and_score(chosen, step, clock)  # lines 4 to 6
         with clock("train"):
@@ -432,10 +424,10 @@ class Trainer:
             grad_norm = self.update(trained)  # line 14
         return {
             "step": step + 1,
-            **reward_metrics(scores, advantages, finite),
-            **mean_over_processes(groups),
+            **records.reward_metrics(scores, advantages, finite),
+            **records.mean_over_processes(groups),
             "grad_norm": grad_norm,
-            **clock.metrics(time.perf_counter() - start, advantages.numel()),
+            **clock.metrics(advantages.numel()),
         }
 
     def rollout(self, step: int, p: int, text: str) -> Tensor:
@@ -451,18 +443,22 @@ class Trainer:
     ) -> tuple[dict[int, Tensor], dict[str, tuple[float, Tensor]]]:
         """Lines 4 to 6: the latents of this process's groups, and all groups' scores.
 
-        The scores are by the reward's name: its weight, and (P, G).
+        The scores are by the reward's name: its weight, and (P, G). While a group is scored, the
+        next is drawn. It then waits for the former's scores, so that no images pile up.
         """
-        mine, rows, latents = self.own(range(len(chosen))), [], {}
+        latents, scoring = {}, {}
         try:
-            with clock("rollout"):
-                for p in mine:
+            for p in self.own(range(len(chosen))):
+                with clock("rollout"):
                     latents[p] = self.rollout(step, p, chosen[p]["prompt"])
-            for p in mine:
                 with clock("decode"):
                     images = self.model.decode(latents[p])
-                with clock("reward"):
-                    rows.append((p, self.score(images, chosen[p])))
+                with clock("wait"):
+                    self.wait(scoring.values())
+                scoring[p] = in_thread(self.score, images, chosen[p], clock)
+            with clock("wait"):
+                self.wait(scoring.values())
+            rows = [(p, scores.result()) for p, scores in scoring.items()]
         except Stopped:  # a process that waits for this one must hear of it
             rows = [(-1, None)]
         rows = [scores for _, scores in sorted(gather_object(rows), key=lambda row: row[0])]
@@ -481,15 +477,21 @@ class Trainer:
                 tqdm.write(f"step {step}: {about}; such groups take no part")
         return latents, found
 
-    def score(self, images: Tensor, prompt: dict) -> dict[str, list[float]] | str:
+    def score(self, images: Tensor, prompt: dict, clock: Clock) -> dict[str, list[float]] | str:
         """Each reward's scores of a group, or what went wrong, which all processes must hear."""
         try:
-            return {
-                name: rewards.score(name, reward, images, [prompt] * len(images)).tolist()
-                for name, (_, reward) in self.scorers.items()
-            }
+            with torch.cuda.device_of(images), clock("reward"):  # a thread begins on the first GPU
+                return {
+                    name: rewards.score(name, reward, images, [prompt] * len(images)).tolist()
+                    for name, (_, reward) in self.scorers.items()
+                }
         except rewards.RewardError as error:
             return str(error)
+
+    def wait(self, scoring: Iterable[futures.Future]) -> None:
+        """Until these are done. Raises Stopped on a signal, although a reward may still work."""
+        while futures.wait(scoring, timeout=0.1).not_done:
+            self.model.between_passes()
 
     def backward(
         self, chosen: list[dict], latents: dict, advantages: Tensor, trained: Tensor, step: int
@@ -610,33 +612,6 @@ class Trainer:
             }
         except rewards.RewardError as error:
             raise Fault(str(error)) from None
-
-
-def reward_metrics(scores: dict, advantages: Tensor, finite: Tensor) -> dict[str, float]:
-    """Means over the groups whose scores are finite (P,), and the shares of the others."""
-
-    def about(name: str, values: Tensor) -> dict[str, float]:
-        values = values[finite]
-        spread = values.std(1, correction=0).mean().item()
-        return {f"reward{name}": values.mean().item(), f"reward_std{name}": spread}
-
-    found = about("", sum(weight * values for weight, values in scores.values()))
-    for name, (_, values) in scores.items():
-        found |= about(f"/{name}", values)
-    left_out = {"equal_groups": finite & (advantages == 0).all(1), "groups_not_finite": ~finite}
-    return found | {name: which.float().mean().item() for name, which in left_out.items()}
-
-
-def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """The KL of all groups that were trained on, the others of those with a preference; or None."""
-    names = ("loss", "gap", "gate", "clipped", "kl")
-    found = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
-    rows = gather_object(found)
-    means: dict[str, float | None] = {}
-    for i, name in enumerate(names):
-        values = [row[i] for row in rows if row[-1] or name == "kl"]
-        means[name] = sum(values) / len(values) if values else None
-    return means
 
 
 # The run
@@ -845,4 +820,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run("train_sd35.py", main)
+    try:
+        cli.run("train_sd35.py", main)
+    except SystemExit as end:
+        # Python's own end would crash in a thread that is inside torch, as a reward may still be.
+        if any(thread.name == in_thread.__name__ for thread in threading.enumerate()):
+            sys.stdout.flush()
+            os._exit(end.code)
+        raise

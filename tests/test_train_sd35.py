@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,9 @@ def lora(out):
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+SAME = ("step", "reward", "gate", "gap", "kl", "clipped", "grad_norm")  # to the bit
 
 
 def difference(one, other):
@@ -467,7 +472,8 @@ def test_a_run_leaves_what_a_person_wants_to_see(plain):
         assert 0 < line["reward"] < 1 and line["reward"] == line[f"reward/{name}"]
         assert line["reward_std"] > 0 and line["equal_groups"] == 0 and line["kl"] >= 0
         assert 0.4 < line["gate"] < 0.6 and 0 <= line["clipped"] <= 1 and line["grad_norm"] > 0
-        parts = [line[f"seconds/{phase}"] for phase in ("rollout", "decode", "reward", "train")]
+        parts = [line[f"seconds/{phase}"] for phase in ("rollout", "decode", "wait", "train")]
+        assert line["seconds/reward"] > 0
         assert 0.5 * line["seconds"] < sum(parts) <= line["seconds"]
         assert line["images_per_second"] == pytest.approx(12 / line["seconds"])
     assert lines[0]["gate"] == 0.5 and lines[0]["kl"] == 0  # theta is still the reference
@@ -618,6 +624,83 @@ def test_an_exact_reward_rises(seed, tiny, tmp_path):
     assert np.mean(found[-4:]) > np.mean(found[:4]) + 3 * np.std(found[:4])
 
 
+# Rewards beside the rollout
+
+
+def at_once(work, *args):
+    """train_sd35.in_thread without a thread."""
+    future = futures.Future()
+    future.set_result(work(*args))
+    return future
+
+
+def test_scores_beside_the_rollout_take_the_same_steps_to_the_bit(
+    plain, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_sd35, "in_thread", at_once)
+    run(tiny, tmp_path / "run")
+    assert bits(tmp_path / "run") == bits(plain)
+    one, other = metrics(tmp_path / "run"), metrics(plain)
+    assert [[a[k] for k in SAME] for a in one] == [[b[k] for k in SAME] for b in other]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_group_is_scored_while_the_next_is_drawn(beside, tiny, tmp_path, monkeypatch):
+    """Both sleep 0.3 s a group, of which there are three: together 1.2 s, else 1.8 s."""
+    trainer, x0, _ = trained(tiny, tmp_path)
+    working, order = threading.Lock(), []
+
+    def sleepy(images, prompts):
+        assert working.acquire(blocking=False)  # one at a time
+        order.append((prompts[0]["i"], threading.current_thread() is threading.main_thread()))
+        time.sleep(0.3)
+        working.release()
+        return images.mean((1, 2, 3))
+
+    def rollout(step, p, text):
+        time.sleep(0.3)
+        return x0 + 0.1 * p
+
+    if not beside:
+        monkeypatch.setattr(train_sd35, "in_thread", at_once)
+    monkeypatch.setattr(trainer, "rollout", rollout)
+    trainer.scorers = {"sleepy": (1.0, sleepy)}
+    clock = records.Clock(trainer.device)
+    chosen = [{"prompt": bench.TEXT, "i": i} for i in range(3)]
+    latents, scores = trainer.draw_and_score(chosen, 0, clock)
+    assert order == [(i, not beside) for i in range(3)] and list(latents) == [0, 1, 2]
+    expected = torch.stack([trainer.model.decode(latents[p]).mean((1, 2, 3)) for p in range(3)])
+    assert torch.equal(scores["sleepy"][1], expected) and expected.unique().numel() == 12
+    found = clock.metrics(12)
+    assert found["seconds/reward"] >= 0.9 and found["seconds/rollout"] >= 0.9
+    both = found["seconds/rollout"] + found["seconds/decode"] + found["seconds/reward"]
+    assert (found["seconds"] < both - 0.4) == beside
+    assert found["seconds/wait"] < (0.85 if beside else 0.3)
+
+
+def test_a_signal_is_obeyed_while_a_reward_works(tiny, tmp_path):
+    """A thread inside torch crashes Python's own end, which is not waited for."""
+    (tmp_path / "busy.py").write_text(
+        "import pathlib, torch\n"
+        "def forever(images, prompts):\n"
+        f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "    while True:\n"
+        "        images = images * 1.0\n"
+    )
+    line = flags(tiny, tmp_path / "run", reward=f"{tmp_path}/busy.py:forever")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train_sd35.py", *line]
+    pipe = {"stderr": subprocess.PIPE, "text": True}
+    launched = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
+    while launched.poll() is None and not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    launched.send_signal(signal.SIGTERM)
+    _, errors = launched.communicate(timeout=60)
+    assert launched.returncode == 130, errors
+    assert errors.splitlines()[-1].startswith("train_sd35.py: stopped, and saved")
+    assert (tmp_path / "run" / "checkpoint-0" / "complete.json").exists()
+
+
 # Rewards that fail
 
 
@@ -727,9 +810,8 @@ def test_killed_ten_times_it_ends_as_if_never_killed(tiny, whole, tmp_path):
         break
     assert killed == 10
     assert bits(out) == bits(whole)
-    same = ("step", "reward", "gate", "gap", "kl", "clipped", "grad_norm")
     one, other = metrics(out), metrics(whole)
-    assert [[a[k] for k in same] for a in one] == [[b[k] for k in same] for b in other]
+    assert [[a[k] for k in SAME] for a in one] == [[b[k] for k in SAME] for b in other]
 
 
 def checkpoint_count(out):
