@@ -36,6 +36,7 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import rewards
@@ -141,10 +142,33 @@ def newest_checkpoint(out: Path, asked: str) -> tuple[dict[str, Any] | None, int
 
 def restore(model: sd35.Model, state: dict[str, Any]) -> None:
     """Gives theta, theta_old and the saved average what a checkpoint holds."""
-    kept = {"parameters": model.theta, "old": model.old, "ema": model.average}
-    for name, tensors in kept.items():
-        for target, value in zip(tensors, state[name], strict=True):
-            target.data.copy_(value)
+    for name, tensors in {
+        "parameters": model.theta,
+        "old": model.old,
+        "ema": model.average,
+    }.items():
+        assign(tensors, state[name])
+
+
+def resume(out: Path, asked: str, model: sd35.Model, optimizer: Optimizer) -> tuple[int, int]:
+    """Puts a run in `out`, and its metrics.jsonl, where a checkpoint was.
+
+    Returns the steps done, and the bad ones among the last. Raises Fault if it is damaged.
+    """
+    (state, size), metrics = newest_checkpoint(out, asked), out / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > size:
+        os.truncate(metrics, size)  # what came after is about to be done again
+    if state is None:
+        return 0, 0
+    restore(model, state)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["bad_steps"]
+
+
+@torch.no_grad()
+def assign(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.data.copy_(value)
 
 
 class Clock:
