@@ -202,6 +202,8 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
     with torch.device("meta"), patch.object(F, attention, attention_as_on_a_gpu):
         transformer = SD3Transformer2DModel(**MEDIUM).to(dtype).requires_grad_(False)
         size, vae, eye = count(transformer), AutoencoderKL(**VAE), random_eye()
+        with torch.no_grad():
+            reference = tflop(forward)
         theta = sd35.add_lora(transformer, args.rank, args.lora_alpha, args.seed, False)
         lora = sum(parameter.numel() for parameter in theta) / 1e9
         transformer.to(dtype)  # as autocast has it, but for some copies in float32
@@ -212,8 +214,6 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
             transformer.disable_gradient_checkpointing()
         with torch.no_grad():
             asked = tflop(forward)
-            with sd35.without_lora(transformer):
-                reference = tflop(forward)
             side = args.resolution // 8
             decoding = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
             judging = tflop(lambda: eye(torch.empty(1, 3, 224, 224)))
