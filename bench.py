@@ -55,10 +55,8 @@ VAE |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "shift_factor": 0.0609, "sam
 VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_XXL |= {"feed_forward_proj": "gated-gelu"}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-EYE = {**CLIP_G, "num_attention_heads": 16, "patch_size": 14}  # PickScore's, a CLIP ViT-H/14
-CLIP_G |= {"num_attention_heads": 20}
+EYE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+EYE |= {"num_attention_heads": 16, "patch_size": 14}  # PickScore's, a CLIP ViT-H/14
 
 
 @dataclass
@@ -159,7 +157,7 @@ def ratio(pairs: list[tuple[float, float]]) -> str:
     return f"{found[len(found) // 2]:.2f} [{found[0]:.2f}, {found[-1]:.2f}]"
 
 
-def attention_as_on_a_gpu(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+def as_on_a_gpu(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
     """Without a device, torch would choose the one that keeps all scores."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
@@ -170,14 +168,15 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
     Shapes alone run through the networks, and nothing is allocated. Autograd tells what it keeps
     for the backward, and torch counts the FLOPs of matrix products, attention and convolutions.
     """
+    dtype, side = torch.bfloat16, args.resolution // 8
 
-    def count(*models: nn.Module) -> float:
-        return sum(p.numel() for model in models for p in model.parameters()) / 1e9
+    def count(network: nn.Module) -> float:
+        return sum(parameter.numel() for parameter in network.parameters()) / 1e9
 
     def forward() -> Tensor:
-        latents = torch.empty(1, 16, args.resolution // 8, args.resolution // 8, dtype=dtype)
         tokens = torch.empty(1, 77 + args.max_sequence_length, 4096, dtype=dtype)
-        return transformer(latents, tokens, torch.empty(1, 2048, dtype=dtype), torch.empty(1))[0]
+        latents, pooled = (torch.empty(1, *s, dtype=dtype) for s in ((16, side, side), (2048,)))
+        return transformer(latents, tokens, pooled, torch.empty(1))[0]
 
     def kept() -> float:
         storages: dict[int, int] = {}
@@ -187,69 +186,54 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            output = forward()  # keeps the graph
-        for parameter in transformer.parameters():
-            storages.pop(parameter.untyped_storage()._cdata, None)
-        del output
-        return sum(storages.values()) / 1e9
+            _output = forward()  # keeps the graph
+        weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
+        return sum(size for key, size in storages.items() if key not in weights) / 1e9
 
     def tflop(work: Callable[[], Any]) -> float:
         with FlopCounterMode(display=False) as counter:
             work()
         return counter.get_total_flops() / 1e12
 
-    dtype, attention = torch.bfloat16, "scaled_dot_product_attention"
-    with torch.device("meta"), patch.object(F, attention, attention_as_on_a_gpu):
+    size = SimpleNamespace()
+    with torch.device("meta"), patch.object(F, "scaled_dot_product_attention", as_on_a_gpu):
         transformer = SD3Transformer2DModel(**MEDIUM).to(dtype).requires_grad_(False)
-        size, vae, eye = count(transformer), AutoencoderKL(**VAE), random_eye()
+        vae, eye = AutoencoderKL(**VAE), random_eye()
+        size.transformer, size.vae = count(transformer), count(vae)
+        size.t5 = count(transformers.T5EncoderModel(transformers.T5Config(**T5_XXL)))
         with torch.no_grad():
-            reference = tflop(forward)
-        theta = sd35.add_lora(transformer, args.rank, args.lora_alpha, args.seed, False)
-        lora = sum(parameter.numel() for parameter in theta) / 1e9
+            size.reference = tflop(forward)
+            size.decode = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
+            size.eye = tflop(lambda: eye(torch.empty(1, 3, 224, 224)))
+        sd35.add_lora(transformer, args.rank, args.lora_alpha, args.seed, False)
+        size.lora = count(transformer) - size.transformer
         transformer.to(dtype)  # as autocast has it, but for some copies in float32
-        whole = kept()
+        with torch.no_grad():
+            size.theta = tflop(forward)
+        size.whole = kept()
         transformer.enable_gradient_checkpointing()
         inputs = kept()
+        size.checkpointed = inputs + (size.whole - inputs) / 24  # a block is computed again
         if not args.gradient_checkpointing:
             transformer.disable_gradient_checkpointing()
-        with torch.no_grad():
-            asked = tflop(forward)
-            side = args.resolution // 8
-            decoding = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
-            judging = tflop(lambda: eye(torch.empty(1, 3, 224, 224)))
-        clips = (transformers.CLIPTextConfig(**sizes) for sizes in (CLIP_L, CLIP_G))
-        return SimpleNamespace(
-            checkpointed=inputs + (whole - inputs) / 24,  # and a block that is computed again
-            whole=whole,
-            theta=asked,
-            reference=reference,
-            backward=tflop(lambda: forward().sum().backward()),
-            decoding=decoding,
-            eye=judging,
-            transformer=size,
-            lora=lora,
-            vae=count(vae),
-            encoders=count(
-                transformers.T5EncoderModel(transformers.T5Config(**T5_XXL)),
-                *map(transformers.CLIPTextModel, clips),
-            ),
-        )
+        size.backward = tflop(lambda: forward().sum().backward())
+    return size
 
 
-def plan(args: Arguments) -> None:
-    """Prints what SD3.5 Medium takes in bf16 at these settings: counted, not measured."""
-    size = count_sizes(args)
+def plan_memory(args: Arguments, size: SimpleNamespace) -> None:
+    """Prints the GB that SD3.5 Medium takes in bf16."""
     # The decoder's widest map has 256 channels at full size; a few of them live at once.
     decode = 4 * (256 * args.resolution**2 * 4) / 1e9
     always = 2 * size.transformer + 24 * size.lora + 4 * size.vae
-    print(f"SD3.5 Medium in bf16 at {args.resolution} px, LoRA of rank {args.rank}, in GB")
+    # Adam, theta_old and the saved average stay while the others make room for a text encoder.
+    encoding = 2 * size.t5 + 16 * size.lora
     lora = f"LoRA, {1000 * size.lora:.1f} M in float32"
     for name, gigabytes in {
         f"transformer, {size.transformer:.2f} G parameters in bf16": 2 * size.transformer,
-        f"{lora}, its gradient, Adam, theta^- and EMA": 24 * size.lora,
+        f"{lora}, its gradient, Adam, theta_old and saved average": 24 * size.lora,
         "VAE in float32": 4 * size.vae,
-        "text encoders in bf16, at times and without activations": 2 * size.encoders,
-        "together, while prompts are encoded": always + 2 * size.encoders,
+        "T5 in bf16, the largest text encoder, without activations": 2 * size.t5,
+        "together, while prompts are encoded, without transformer and VAE": encoding,
     }.items():
         print(f"{gigabytes:8.2f}  {name}")
     numbers = sorted({1, 2, 4, 8, 12, 24, 48, args.micro_batch_size} - {0})
@@ -259,28 +243,49 @@ def plan(args: Arguments) -> None:
         print(f"{name:27}{''.join(f'{always + m * each:8.2f}' for m in numbers)}")
     print(f"Most images a pass, if a tenth and {REWARD_GB} GB stay free, which PickScore takes:")
     for card in (16, 24, 40, 80):
-        room = 0.9 * card - REWARD_GB - always
-        most = [int(room / max(decode, each)) for each in (size.checkpointed, size.whole)]
+        room = 0.9 * card - REWARD_GB
+        most = [int((room - always) / max(decode, each)) for each in rows.values()]
         fits = f"{most[0]}, and {most[1]} without gradient checkpointing"
-        enough = room > 2 * size.encoders
-        print(f"{card:8} GB  {fits if enough else 'no room for the text encoders'}")
+        print(f"{card:8} GB  {fits if room > encoding else 'no room for a text encoder'}")
 
-    images, K = args.prompts_per_step * args.group_size, args.train_timesteps
-    guided, guided_reference = (
-        1 if scale == 1 else 2 for scale in (args.guidance_scale, args.reference_guidance_scale)
-    )
-    asked = bool(args.clip) + (args.micro_batch_size < args.group_size)  # theta_old; theta again
+
+def step_tflop(
+    args: Arguments,
+    size: SimpleNamespace,
+    train_samples: int | None = None,
+    bound: float = 0.0,
+    updates_per_rollout: int = 1,
+) -> dict[str, float]:
+    """TFLOP of a rollout of all groups and its training, by phase.
+
+    train_samples: m of a group's G samples are trained on, by default all. bound: theta_old is
+    asked for it, as for the clip, and once for both. updates_per_rollout: how often the samples of
+    a rollout are trained on.
+    """
+    G, m = args.group_size, train_samples or args.group_size
+    scales = (args.guidance_scale, args.reference_guidance_scale)
+    guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
+    asked = bool(args.clip or bound) + (args.micro_batch_size < m)  # theta_old; theta for the gap
     train = guided_reference * size.reference + asked * size.theta + size.backward
-    work = {
+    each = {
         "rollout": args.num_inference_steps * guided * size.theta,
-        "decode": size.decoding,
+        "decode": size.decode,
         "reward, PickScore's eye": size.eye,
-        "train": K * train,
+        "train": args.train_timesteps * train * m / G * updates_per_rollout,
     }
+    return {name: args.prompts_per_step * G * tflop for name, tflop in each.items()}
+
+
+def plan(args: Arguments) -> None:
+    """Prints what SD3.5 Medium takes in bf16 at these settings: counted, not measured."""
+    size = count_sizes(args)
+    print(f"SD3.5 Medium in bf16 at {args.resolution} px, LoRA of rank {args.rank}, in GB")
+    plan_memory(args, size)
+    work = step_tflop(args, size)
     print(f"TFLOP of a step of {args.prompts_per_step} groups of {args.group_size}:")
-    for name, each in {**work, "together": sum(work.values())}.items():
-        print(f"{images * each:8.0f}  {name}")
-    hours = images * sum(work.values()) * args.max_train_steps / 3600 / 400
+    for name, tflop in {**work, "together": sum(work.values())}.items():
+        print(f"{tflop:8.0f}  {name}")
+    hours = sum(work.values()) * args.max_train_steps / 3600 / 400
     print(f"{hours:8.1f}  hours for {args.max_train_steps} steps, at 400 TFLOP/s all the time")
 
 
