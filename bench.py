@@ -14,13 +14,14 @@ Like a test, this file imports the trainer: what is timed is its own step, and n
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -71,20 +72,6 @@ def random_eye() -> nn.Module:
     return transformers.CLIPVisionModel(config).requires_grad_(False).eval()
 
 
-def random_reward(device: torch.device) -> rewards.Reward:
-    """A reward that means nothing and costs what PickScore's eye does.
-
-    Not counted: its text encoder, and the processor, which resizes images on the CPU.
-    """
-    eye = random_eye().to(device)
-
-    @torch.no_grad()
-    def reward(images: Tensor, prompts: list[dict]) -> Tensor:
-        return eye(F.interpolate(images, (224, 224))).pooler_output.mean(1)
-
-    return reward
-
-
 def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """Transformer and VAE of SD3.5 Medium with random weights, without text encoders."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -92,8 +79,7 @@ def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
         parts["vae"] = AutoencoderKL(**VAE)
     for part in parts.values():
         part.requires_grad_(False).eval()
-    missing = {name + i: None for name in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-    pipe = StableDiffusion3Pipeline(**parts, **missing, scheduler=None)
+    pipe = StableDiffusion3Pipeline(**{**dict.fromkeys(sd35.PARTS), **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -104,8 +90,7 @@ def load(args: Arguments, texts: list[str]) -> tuple[Trainer, bool]:
     torch.manual_seed(args.seed)
     name, dtype = args.pretrained_model_name_or_path, train_sd35.precision(args)
     if random := name == train_sd35.MEDIUM:
-        pipe, tokens = random_pipeline(dtype), 77 + args.max_sequence_length
-        shapes = ((1, tokens, 4096), (1, 2048))
+        pipe, shapes = random_pipeline(dtype), ((1, 77 + args.max_sequence_length, 4096), (1, 2048))
         encoded = {text: sd35.Encoded(*map(torch.randn, shapes)) for text in texts}
     else:
         pipe = sd35.load_pipeline(name, dtype)
@@ -302,7 +287,8 @@ class Account(TorchDispatchMode):
 
     An operation takes at least its FLOPs at the peak of matrix products in its precision ("busy"),
     and at least its bytes, in and out, at the peak of memory (the roofline; Williams et al. 2009).
-    Fused kernels and caches move fewer bytes than are counted.
+    Fused kernels and caches move fewer bytes than are counted. "looks" is how often the host needs
+    a number from the device, and on a GPU waits for it.
     """
 
     def __init__(self, peaks: dict[torch.dtype, float], bandwidth: float):
@@ -310,7 +296,7 @@ class Account(TorchDispatchMode):
         self.peaks, self.bandwidth = peaks, bandwidth
         self.phases: dict[str, Counter[str]] = {}  # the seconds also by kind of operation
 
-    @contextlib.contextmanager
+    @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.now = self.phases.setdefault(phase, Counter())
         with self:
@@ -319,8 +305,8 @@ class Account(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func._overloadpacket not in FLOPS:  # if it is made of others, count those
+        kwargs, operation = kwargs or {}, func._overloadpacket
+        if operation not in FLOPS:  # if it is made of others, count those
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -328,29 +314,28 @@ class Account(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.is_view or "view" in str(func) or "empty" in str(func):
             return out
-        count = FLOPS.get(func._overloadpacket)
-        flops = count(*args, **kwargs, out_val=out) if count else 0
+        flops = FLOPS[operation](*args, **kwargs, out_val=out) if operation in FLOPS else 0
         moved = sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
         dtype = next((x.dtype for x in tree_leaves(out) if torch.is_tensor(x)), None)
         busy = flops / self.peaks.get(dtype, self.peaks[torch.float32])
         least = max(busy, moved / self.bandwidth)
-        kind = "others" if not count else "attention" if "attention" in str(func) else "products"
-        found = {"flops": flops, "bytes": moved, "busy": busy, "seconds": least, kind: least}
-        self.now.update(found)
+        kind = "attention" if "attention" in str(func) else "products"
+        self.now.update({"flops": flops, "bytes": moved, "busy": busy, "seconds": least})
+        self.now[kind if operation in FLOPS else "others"] += least
+        self.now["looks"] += operation is torch.ops.aten._local_scalar_dense
         return out
 
 
 def measured_peaks(device: torch.device) -> tuple[dict[torch.dtype, float], float]:
     """FLOPs a second of a large matrix product by precision, bytes a second of a large copy."""
-    n = 8192 if device.type == "cuda" else 2048
+    n, peaks = 8192 if device.type == "cuda" else 2048, {}
 
     def best(work: Callable[[], Any]) -> float:
         return min([seconds(device, work) for _ in range(6)][1:])  # the first is to warm up
 
-    peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-        peaks[dtype] = 2 * n**3 / best(lambda: a @ b)  # noqa: B023
+        peaks[dtype] = 2 * n**3 / best(partial(torch.matmul, a, b))
     c = torch.empty(16 * n * n, device=device, dtype=torch.uint8)
     return peaks, 2 * c.nbytes / best(c.clone)
 
@@ -396,25 +381,33 @@ def step(args: Arguments) -> None:
 
     Beside it what the passes must take at the machine's measured peaks, and the share of the peak
     of matrix products that they reach (MFU). Recomputed activations count as work. "products" is
-    the share of products, attention and convolutions in the time at the peaks.
+    the share of products, attention and convolutions in the time at the peaks. With random weights,
+    the reward is random, and costs what PickScore's eye does: not its text encoder, nor resizing.
     """
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
     trainer, random = load(args, texts)
-    reward = random_reward(trainer.device) if random else None
-    trainer.scorers = {"random": (1.0, reward or (lambda images, _: torch.rand(len(images))))}
+    eye = random_eye().to(trainer.device) if random else None
+
+    @torch.no_grad()
+    def reward(images: Tensor, prompts: list[dict]) -> Tensor:
+        if eye is None:
+            return torch.rand(len(images))
+        return eye(F.interpolate(images, (224, 224))).pooler_output.mean(1)
+
+    trainer.scorers = {"random": (1.0, reward)}
     chosen = [{"prompt": text} for text in texts[1:]]
     groups = len(trainer.own(chosen))
-
     peaks, bandwidth = measured_peaks(trainer.device)
     account = Account(peaks, bandwidth)
+    passes = partial(bare_passes, trainer, texts[1], reward if random else None)
     trainer.take_step(chosen, 0)  # warm
-    bare_passes(trainer, texts[1], reward, account)
+    passes(account)
     steps, bare = Counter(), Counter()
     for i in range(1, args.repeats + 1):
         metrics = trainer.take_step(chosen, i)
         steps.update({k: v / args.repeats for k, v in metrics.items() if v is not None})
         clock = Clock(trainer.device)
-        bare_passes(trainer, texts[1], reward, clock)
+        passes(clock)
         bare.update({k: groups * v / args.repeats for k, v in clock.seconds.items()})
     if not trainer.accelerator.is_main_process:
         return
@@ -424,16 +417,18 @@ def step(args: Arguments) -> None:
         f"{'seconds a step':16}{'ours':>10}{'bare passes':>14}{'overhead':>10}"
         f"{'TFLOP':>10}{'GB':>10}{'at the peaks':>14}{'products':>10}{'MFU':>8}"
     )
-    whole = sum(account.phases.values(), Counter())
-    for phase, counted in {**account.phases, "step": whole}.items():
+    account.phases["step"] = sum(account.phases.values(), Counter())
+    for phase, counted in account.phases.items():
         ours = steps["seconds" if phase == "step" else f"seconds/{phase}"]
         alone = bare.total() if phase == "step" else bare[phase]
         flops, moved, least = (groups * counted[k] for k in ("flops", "bytes", "seconds"))
+        products, used = (
+            1 - counted["others"] / counted["seconds"],
+            groups * counted["busy"] / alone,
+        )
         print(
-            f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}"
-            f"{flops / 1e12:>10.3g}{moved / 1e9:>10.3g}{least:>14.3f}"
-            f"{1 - counted['others'] / counted['seconds']:>10.1%}"
-            f"{groups * counted['busy'] / alone:>8.1%}"
+            f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}{flops / 1e12:>10.3g}"
+            f"{moved / 1e9:>10.3g}{least:>14.3f}{products:>10.1%}{used:>8.1%}"
         )
     print(f"{steps['images_per_second']:.3f} images a second trained on")
     if "peak_memory_gb" in metrics:
@@ -478,15 +473,10 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
 
 def plain(args: Arguments) -> None:
     """Our group's step against the plain one, and in bf16 against float32."""
-    trainer, x0, advantages = prepare(args)
+    trainer, *group = prepare(args)
     model, device = trainer.model, trainer.device
-
-    def ours() -> dict[str, Tensor]:
-        return trainer.backward_group(0, 0, TEXT, x0, advantages)
-
-    def theirs() -> None:
-        plain_group(trainer, 0, 0, x0, advantages)
-
+    ours = partial(trainer.backward_group, 0, 0, TEXT, *group)
+    theirs = partial(plain_group, trainer, 0, 0, *group)
     found = distance(gradients(trainer, ours), gradients(trainer, theirs))  # and both are warm now
     took = [(seconds(device, theirs), seconds(device, ours)) for _ in range(args.repeats)]
     mean_plain, mean_ours = (sum(times) / args.repeats for times in zip(*took, strict=True))
@@ -500,15 +490,13 @@ def plain(args: Arguments) -> None:
         with patch.object(model, "autocast", autocast):
             return gradients(trainer, ours), ours()
 
-    def bf16() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16)
-
+    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
     half, metrics = work_in(bf16)
     for model.images_a_pass in sorted({1, 4, args.group_size}):
         apart, m = distance(work_in(bf16)[0], half), model.images_a_pass
         print(f"bf16, micro-batches of {m}: the gradient differs by {apart:.2e} of its norm")
     model.pipe.transformer.float()
-    exact, numbers = work_in(contextlib.nullcontext)
+    exact, numbers = work_in(nullcontext)
     named = [name for name, p in model.pipe.transformer.named_parameters() if p.requires_grad]
     cosines = sorted(
         (F.cosine_similarity(a.flatten(), b.flatten(), 0).item(), name)
@@ -525,7 +513,7 @@ def plain(args: Arguments) -> None:
         print(f"{name}: {a:.6f} in bf16, {b:.6f} in float32")
 
 
-@contextlib.contextmanager
+@contextmanager
 def compiled(trainer: Trainer, backend: str = "inductor") -> Iterator[None]:
     """The transformer's blocks, each by itself: those that are alike share what is compiled."""
     blocks = trainer.model.pipe.transformer.transformer_blocks
@@ -541,66 +529,45 @@ def compiled(trainer: Trainer, backend: str = "inductor") -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-def attention(backend: SDPBackend) -> Callable:
-    return lambda trainer: sdpa_kernel(backend)
+def attention(backend: str, trainer: Trainer) -> AbstractContextManager:
+    return sdpa_kernel(getattr(SDPBackend, backend))
 
 
-def twice_the_images(trainer: Trainer) -> contextlib.AbstractContextManager:
+def twice_the_images(trainer: Trainer) -> AbstractContextManager:
     """Which is what reference and theta_old in one batch would be, too."""
     return patch.object(trainer.model, "images_a_pass", 2 * trainer.model.images_a_pass)
 
 
-@contextlib.contextmanager
-def vae_to(trainer: Trainer, there: dict[str, Any], back: dict[str, Any]) -> Iterator[None]:
+@contextmanager
+def vae_to(name: str, there: object, back: object, trainer: Trainer) -> Iterator[None]:
     """In bf16 its values are rounded for good, but its speed is the same again afterwards."""
-    trainer.model.pipe.vae.to(**there)
+    trainer.model.pipe.vae.to(**{name: there})
     try:
         yield
     finally:
-        trainer.model.pipe.vae.to(**back)
-
-
-def vae_change(name: str, there: object, back: object) -> Callable:
-    return lambda trainer: vae_to(trainer, {name: there}, {name: back})
+        trainer.model.pipe.vae.to(**{name: back})
 
 
 # The change, the phases it may help, and the operations whose time at the peaks it may save; or
 # None, where what it does itself can be counted.
 BOTH, BACKENDS = ("rollout", "train"), "FLASH_ATTENTION CUDNN_ATTENTION EFFICIENT_ATTENTION MATH"
-LAST = vae_change("memory_format", torch.channels_last, torch.contiguous_format)
+LAST = partial(vae_to, "memory_format", torch.channels_last, torch.contiguous_format)
+HALF = partial(vae_to, "dtype", torch.bfloat16, torch.float32)
 CHANGES: list[tuple[str, Callable, tuple[str, ...], str | None]] = [
     ("torch.compile of the blocks", compiled, BOTH, "others"),
     *(
-        (f"attention: {name.lower()}", attention(getattr(SDPBackend, name)), BOTH, "attention")
-        for name in BACKENDS.split()
+        (f"attention: {n.lower()}", partial(attention, n), BOTH, "attention")
+        for n in BACKENDS.split()
     ),
     ("twice the images in a pass", twice_the_images, BOTH, None),
     ("VAE channels-last", LAST, ("decode",), None),
-    ("VAE in bf16", vae_change("dtype", torch.bfloat16, torch.float32), ("decode",), None),
+    ("VAE in bf16", HALF, ("decode",), None),
 ]
 
 
 def graphs() -> int:
     """That torch.compile has made so far."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def waits(work: Callable[[], object]) -> int:
-    """How often the host needs a number from the device, and on a GPU waits for it.
-
-    What is copied to the device, a group's embeddings, noise and advantages, makes it wait, too.
-    """
-    count = 0
-
-    class Looks(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal count
-            count += func._overloadpacket is torch.ops.aten._local_scalar_dense
-            return func(*args, **(kwargs or {}))
-
-    with Looks():
-        work()
-    return count
 
 
 def changes(args: Arguments) -> None:
@@ -612,13 +579,12 @@ def changes(args: Arguments) -> None:
     trainer, x0, advantages = prepare(args)
     model, device = trainer.model, trainer.device
     account = Account(*measured_peaks(device))
-    noise = torch.randn(x0.shape)
-    sampled = (TEXT, noise, args.num_inference_steps, args.guidance_scale)
-    group = (0, 0, TEXT, x0, advantages)
+    sampled = (TEXT, torch.randn(x0.shape), args.num_inference_steps, args.guidance_scale)
+    trained = partial(trainer.backward_group, 0, 0, TEXT, x0, advantages)
     phases: dict[str, Callable[[], list[Tensor]]] = {
         "rollout": lambda: [model.sample(*sampled)],
         "decode": lambda: [model.decode(x0)],
-        "train": lambda: gradients(trainer, lambda: trainer.backward_group(*group)),
+        "train": lambda: gradients(trainer, trained),
     }
     unchanged = {}
     for name, work in phases.items():
@@ -643,9 +609,8 @@ def changes(args: Arguments) -> None:
                 slow = seconds(device, work)
                 with change(trainer):
                     took.append((slow, seconds(device, work)))
-            if saved:
-                least = counted["seconds"] - counted[saved]
-            else:
+            least = counted["seconds"] - counted[saved]
+            if saved is None:
                 with account("changed"), change(trainer):
                     work()
                 least = account.phases.pop("changed")["seconds"]
@@ -655,7 +620,9 @@ def changes(args: Arguments) -> None:
             if made > before:
                 more = f"{graphs() - made} more in {args.repeats} repetitions"
                 print(f"({made - before} graphs made in {first:.0f} s, {more})")
-    print(f"the host waits for a number {waits(phases['train'])} times in a group's training")
+    # What is copied to the device, embeddings, noise and advantages, makes the host wait, too.
+    looks = account.phases["train"]["looks"]
+    print(f"the host waits for a number {looks} times in a group's training")
 
 
 COMMANDS = {"plan": plan, "step": step, "plain": plain, "changes": changes}
