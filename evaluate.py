@@ -78,7 +78,7 @@ class Arguments:
         shown="those of Table 2 whose weights are on this machine",
     )
     reward_model: list[str] = option([], "Other weights for a metric, as name=path.")
-    output_dir: str = option("", "Where to write.", shown="evaluation in the LoRA's folder")
+    output_dir: str = option("", "The folder to write to.", shown="evaluation in the LoRA's folder")
     seeds: int = option(1, "Pictures of each line of the prompts.", at_least=1, at_most=1000)
     num_inference_steps: int = option(40, "Steps of the sampler.", at_least=1, at_most=1000)
     batch_size: int = option(4, "Pictures at once. Lower it if memory is short.", at_least=1)
@@ -89,7 +89,7 @@ class Arguments:
         4.5, "Classifier-free guidance; 1 is none.", at_least=1, shown="the run's, or 4.5"
     )
     resolution: int = option(
-        512, "Side in pixels, a multiple of 16.", at_least=16, shown="the run's, or 512"
+        512, "A picture's side in pixels, a multiple of 16.", at_least=16, shown="the run's, or 512"
     )
     max_sequence_length: int = option(
         128, "Most tokens that T5 reads.", at_least=1, at_most=512, shown="the run's, or 128"
@@ -403,7 +403,7 @@ def evaluate(args: Arguments) -> None:
         replace_file(out / "scores.json", lambda new: new.write_text(json.dumps(scores)))
         tqdm.write(report(args, asked, scores))
         tqdm.write(f"wrote table.md, table.json, grid.png to {out}")
-    state.destroy_process_group()
+    state.destroy_process_group()  # or gloo's threads may abort it as it ends
 
 
 def main() -> None:

@@ -167,6 +167,14 @@ def test_a_lora_that_was_trained_further_is_another(tiny, loras, prompts, tmp_pa
         run(tiny, folder, prompts, tmp_path / "out", metrics=BRIGHTNESS)
 
 
+def test_the_process_group_is_ended(tiny, loras, prompts, tmp_path, monkeypatch):
+    """Without it, one of several processes ends by SIGABRT now and then: pytorch issue 190489."""
+    ended = []
+    monkeypatch.setattr(evaluate.PartialState, "destroy_process_group", ended.append)
+    run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=BRIGHTNESS)
+    assert len(ended) == 1
+
+
 def test_two_processes_draw_and_score_the_same(tiny, loras, prompts, tmp_path):
     alone = run(tiny, loras["much"], prompts, tmp_path / "one", metrics=BRIGHTNESS, batch_size=1)
     line = flags(tiny, loras["much"], prompts, tmp_path / "two", metrics=BRIGHTNESS, batch_size=1)
