@@ -89,12 +89,8 @@ def make_scheduler(sampler: str, shift: float) -> Any:
 
 
 def rollout_times(scheduler: Any, steps: int) -> Tensor:
-    """The times (steps,) at which a rollout asks the model, in [0, 1], noisiest first.
-
-    They are what the scheduler gives to the model, in thousandths, as in the released trainer. Its
-    sigmas are a little larger with DPM-Solver++, which rounds times down.
-    """
-    scheduler.set_timesteps(steps)
+    """The times (steps,) at which a rollout asks the model, in [0, 1], noisiest first."""
+    scheduler.set_timesteps(steps)  # its sigmas are not quite its times, which are rounded down
     return scheduler.timesteps.float() / 1000
 
 
