@@ -14,13 +14,14 @@ Like a test, this file imports the trainer: what is timed is its own step, and n
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -55,10 +56,8 @@ VAE |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "shift_factor": 0.0609, "sam
 VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_XXL |= {"feed_forward_proj": "gated-gelu"}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-EYE = {**CLIP_G, "num_attention_heads": 16, "patch_size": 14}  # PickScore's, a CLIP ViT-H/14
-CLIP_G |= {"num_attention_heads": 20}
+EYE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+EYE |= {"num_attention_heads": 16, "patch_size": 14}  # PickScore's, a CLIP ViT-H/14
 
 
 @dataclass
@@ -73,13 +72,6 @@ def random_eye() -> nn.Module:
     return transformers.CLIPVisionModel(config).requires_grad_(False).eval()
 
 
-def random_reward(device: torch.device) -> rewards.Reward:
-    """Costs what PickScore's eye does; not its text encoder, nor its processor on the CPU."""
-    eye = random_eye().to(device)
-    with_images = torch.no_grad()(lambda x: eye(F.interpolate(x, (224, 224))).pooler_output.mean(1))
-    return lambda images, prompts: with_images(images)
-
-
 def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """Transformer and VAE of SD3.5 Medium with random weights, without text encoders."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -87,8 +79,7 @@ def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
         parts["vae"] = AutoencoderKL(**VAE)
     for part in parts.values():
         part.requires_grad_(False).eval()
-    missing = {name + i: None for name in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
-    pipe = StableDiffusion3Pipeline(**parts, **missing, scheduler=None)
+    pipe = StableDiffusion3Pipeline(**{**dict.fromkeys(sd35.PARTS), **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -99,8 +90,7 @@ def load(args: Arguments, texts: list[str]) -> tuple[Trainer, bool]:
     torch.manual_seed(args.seed)
     name, dtype = args.pretrained_model_name_or_path, train_sd35.precision(args)
     if random := name == train_sd35.MEDIUM:
-        pipe, tokens = random_pipeline(dtype), 77 + args.max_sequence_length
-        shapes = ((1, tokens, 4096), (1, 2048))
+        pipe, shapes = random_pipeline(dtype), ((1, 77 + args.max_sequence_length, 4096), (1, 2048))
         encoded = {text: sd35.Encoded(*map(torch.randn, shapes)) for text in texts}
     else:
         pipe = sd35.load_pipeline(name, dtype)
@@ -152,7 +142,7 @@ def ratio(pairs: list[tuple[float, float]]) -> str:
     return f"{found[len(found) // 2]:.2f} [{found[0]:.2f}, {found[-1]:.2f}]"
 
 
-def attention_as_on_a_gpu(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+def as_on_a_gpu(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
     """Without a device, torch would choose the one that keeps all scores."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
@@ -163,14 +153,15 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
     Shapes alone run through the networks, and nothing is allocated. Autograd tells what it keeps
     for the backward, and torch counts the FLOPs of matrix products, attention and convolutions.
     """
+    dtype, side = torch.bfloat16, args.resolution // 8
 
-    def count(*models: nn.Module) -> float:
-        return sum(p.numel() for model in models for p in model.parameters()) / 1e9
+    def count(network: nn.Module) -> float:
+        return sum(parameter.numel() for parameter in network.parameters()) / 1e9
 
     def forward() -> Tensor:
-        latents = torch.empty(1, 16, args.resolution // 8, args.resolution // 8, dtype=dtype)
         tokens = torch.empty(1, 77 + args.max_sequence_length, 4096, dtype=dtype)
-        return transformer(latents, tokens, torch.empty(1, 2048, dtype=dtype), torch.empty(1))[0]
+        latents, pooled = (torch.empty(1, *s, dtype=dtype) for s in ((16, side, side), (2048,)))
+        return transformer(latents, tokens, pooled, torch.empty(1))[0]
 
     def kept() -> float:
         storages: dict[int, int] = {}
@@ -180,69 +171,54 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            output = forward()  # keeps the graph
-        for parameter in transformer.parameters():
-            storages.pop(parameter.untyped_storage()._cdata, None)
-        del output
-        return sum(storages.values()) / 1e9
+            _output = forward()  # keeps the graph
+        weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
+        return sum(size for key, size in storages.items() if key not in weights) / 1e9
 
     def tflop(work: Callable[[], Any]) -> float:
         with FlopCounterMode(display=False) as counter:
             work()
         return counter.get_total_flops() / 1e12
 
-    dtype, attention = torch.bfloat16, "scaled_dot_product_attention"
-    with torch.device("meta"), patch.object(F, attention, attention_as_on_a_gpu):
+    size = SimpleNamespace()
+    with torch.device("meta"), patch.object(F, "scaled_dot_product_attention", as_on_a_gpu):
         transformer = SD3Transformer2DModel(**MEDIUM).to(dtype).requires_grad_(False)
-        size, vae, eye = count(transformer), AutoencoderKL(**VAE), random_eye()
-        theta = sd35.add_lora(transformer, args.rank, args.lora_alpha, args.seed, False)
-        lora = sum(parameter.numel() for parameter in theta) / 1e9
+        vae, eye = AutoencoderKL(**VAE), random_eye()
+        size.transformer, size.vae = count(transformer), count(vae)
+        size.t5 = count(transformers.T5EncoderModel(transformers.T5Config(**T5_XXL)))
+        with torch.no_grad():
+            size.reference = tflop(forward)
+            size.decode = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
+            size.eye = tflop(lambda: eye(torch.empty(1, 3, 224, 224)))
+        sd35.add_lora(transformer, args.rank, args.lora_alpha, args.seed, False)
+        size.lora = count(transformer) - size.transformer
         transformer.to(dtype)  # as autocast has it, but for some copies in float32
-        whole = kept()
+        with torch.no_grad():
+            size.theta = tflop(forward)
+        size.whole = kept()
         transformer.enable_gradient_checkpointing()
         inputs = kept()
+        size.checkpointed = inputs + (size.whole - inputs) / 24  # a block is computed again
         if not args.gradient_checkpointing:
             transformer.disable_gradient_checkpointing()
-        with torch.no_grad():
-            asked = tflop(forward)
-            with sd35.without_lora(transformer):
-                reference = tflop(forward)
-            side = args.resolution // 8
-            decoding = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
-            judging = tflop(lambda: eye(torch.empty(1, 3, 224, 224)))
-        clips = (transformers.CLIPTextConfig(**sizes) for sizes in (CLIP_L, CLIP_G))
-        return SimpleNamespace(
-            checkpointed=inputs + (whole - inputs) / 24,  # and a block that is computed again
-            whole=whole,
-            theta=asked,
-            reference=reference,
-            backward=tflop(lambda: forward().sum().backward()),
-            decoding=decoding,
-            eye=judging,
-            transformer=size,
-            lora=lora,
-            vae=count(vae),
-            encoders=count(
-                transformers.T5EncoderModel(transformers.T5Config(**T5_XXL)),
-                *map(transformers.CLIPTextModel, clips),
-            ),
-        )
+        size.backward = tflop(lambda: forward().sum().backward())
+    return size
 
 
-def plan(args: Arguments) -> None:
-    """Prints what SD3.5 Medium takes in bf16 at these settings: counted, not measured."""
-    size = count_sizes(args)
+def plan_memory(args: Arguments, size: SimpleNamespace) -> None:
+    """Prints the GB that SD3.5 Medium takes in bf16."""
     # The decoder's widest map has 256 channels at full size; a few of them live at once.
     decode = 4 * (256 * args.resolution**2 * 4) / 1e9
     always = 2 * size.transformer + 24 * size.lora + 4 * size.vae
-    print(f"SD3.5 Medium in bf16 at {args.resolution} px, LoRA of rank {args.rank}, in GB")
+    # Adam, theta_old and the saved average stay while the others make room for a text encoder.
+    encoding = 2 * size.t5 + 16 * size.lora
     lora = f"LoRA, {1000 * size.lora:.1f} M in float32"
     for name, gigabytes in {
         f"transformer, {size.transformer:.2f} G parameters in bf16": 2 * size.transformer,
         f"{lora}, its gradient, Adam, theta_old and saved average": 24 * size.lora,
         "VAE in float32": 4 * size.vae,
-        "text encoders in bf16, at times and without activations": 2 * size.encoders,
-        "together, while prompts are encoded": always + 2 * size.encoders,
+        "T5 in bf16, the largest text encoder, without activations": 2 * size.t5,
+        "together, while prompts are encoded, without transformer and VAE": encoding,
     }.items():
         print(f"{gigabytes:8.2f}  {name}")
     numbers = sorted({1, 2, 4, 8, 12, 24, 48, args.micro_batch_size} - {0})
@@ -252,28 +228,49 @@ def plan(args: Arguments) -> None:
         print(f"{name:27}{''.join(f'{always + m * each:8.2f}' for m in numbers)}")
     print(f"Most images a pass, if a tenth and {REWARD_GB} GB stay free, which PickScore takes:")
     for card in (16, 24, 40, 80):
-        room = 0.9 * card - REWARD_GB - always
-        most = [int(room / max(decode, each)) for each in (size.checkpointed, size.whole)]
+        room = 0.9 * card - REWARD_GB
+        most = [int((room - always) / max(decode, each)) for each in rows.values()]
         fits = f"{most[0]}, and {most[1]} without gradient checkpointing"
-        enough = room > 2 * size.encoders
-        print(f"{card:8} GB  {fits if enough else 'no room for the text encoders'}")
+        print(f"{card:8} GB  {fits if room > encoding else 'no room for a text encoder'}")
 
-    images, K = args.prompts_per_step * args.group_size, args.train_timesteps
-    guided, guided_reference = (
-        1 if scale == 1 else 2 for scale in (args.guidance_scale, args.reference_guidance_scale)
-    )
-    asked = bool(args.clip) + (args.micro_batch_size < args.group_size)  # theta_old; theta again
+
+def step_tflop(
+    args: Arguments,
+    size: SimpleNamespace,
+    train_samples: int | None = None,
+    bound: float = 0.0,
+    updates_per_rollout: int = 1,
+) -> dict[str, float]:
+    """TFLOP of a rollout of all groups and its training, by phase.
+
+    train_samples: m of a group's G samples are trained on, by default all. bound: theta_old is
+    asked for it, as for the clip, and once for both. updates_per_rollout: how often the samples of
+    a rollout are trained on.
+    """
+    G, m = args.group_size, train_samples or args.group_size
+    scales = (args.guidance_scale, args.reference_guidance_scale)
+    guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
+    asked = bool(args.clip or bound) + (args.micro_batch_size < m)  # theta_old; theta for the gap
     train = guided_reference * size.reference + asked * size.theta + size.backward
-    work = {
+    each = {
         "rollout": args.num_inference_steps * guided * size.theta,
-        "decode": size.decoding,
+        "decode": size.decode,
         "reward, PickScore's eye": size.eye,
-        "train": K * train,
+        "train": args.train_timesteps * train * m / G * updates_per_rollout,
     }
+    return {name: args.prompts_per_step * G * tflop for name, tflop in each.items()}
+
+
+def plan(args: Arguments) -> None:
+    """Prints what SD3.5 Medium takes in bf16 at these settings: counted, not measured."""
+    size = count_sizes(args)
+    print(f"SD3.5 Medium in bf16 at {args.resolution} px, LoRA of rank {args.rank}, in GB")
+    plan_memory(args, size)
+    work = step_tflop(args, size)
     print(f"TFLOP of a step of {args.prompts_per_step} groups of {args.group_size}:")
-    for name, each in {**work, "together": sum(work.values())}.items():
-        print(f"{images * each:8.0f}  {name}")
-    hours = images * sum(work.values()) * args.max_train_steps / 3600 / 400
+    for name, tflop in {**work, "together": sum(work.values())}.items():
+        print(f"{tflop:8.0f}  {name}")
+    hours = sum(work.values()) * args.max_train_steps / 3600 / 400
     print(f"{hours:8.1f}  hours for {args.max_train_steps} steps, at 400 TFLOP/s all the time")
 
 
@@ -290,7 +287,8 @@ class Account(TorchDispatchMode):
 
     An operation takes at least its FLOPs at the peak of matrix products in its precision ("busy"),
     and at least its bytes, in and out, at the peak of memory (the roofline; Williams et al. 2009).
-    Fused kernels and caches move fewer bytes than are counted.
+    Fused kernels and caches move fewer bytes than are counted. "looks" is how often the host needs
+    a number from the device, and on a GPU waits for it.
     """
 
     def __init__(self, peaks: dict[torch.dtype, float], bandwidth: float):
@@ -298,7 +296,7 @@ class Account(TorchDispatchMode):
         self.peaks, self.bandwidth = peaks, bandwidth
         self.phases: dict[str, Counter[str]] = {}  # the seconds also by kind of operation
 
-    @contextlib.contextmanager
+    @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         self.now = self.phases.setdefault(phase, Counter())
         with self:
@@ -307,8 +305,8 @@ class Account(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func._overloadpacket not in FLOPS:  # if it is made of others, count those
+        kwargs, operation = kwargs or {}, func._overloadpacket
+        if operation not in FLOPS:  # if it is made of others, count those
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -316,29 +314,28 @@ class Account(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.is_view or "view" in str(func) or "empty" in str(func):
             return out
-        count = FLOPS.get(func._overloadpacket)
-        flops = count(*args, **kwargs, out_val=out) if count else 0
+        flops = FLOPS[operation](*args, **kwargs, out_val=out) if operation in FLOPS else 0
         moved = sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
         dtype = next((x.dtype for x in tree_leaves(out) if torch.is_tensor(x)), None)
         busy = flops / self.peaks.get(dtype, self.peaks[torch.float32])
         least = max(busy, moved / self.bandwidth)
-        kind = "others" if not count else "attention" if "attention" in str(func) else "products"
-        found = {"flops": flops, "bytes": moved, "busy": busy, "seconds": least, kind: least}
-        self.now.update(found)
+        kind = "attention" if "attention" in str(func) else "products"
+        self.now.update({"flops": flops, "bytes": moved, "busy": busy, "seconds": least})
+        self.now[kind if operation in FLOPS else "others"] += least
+        self.now["looks"] += operation is torch.ops.aten._local_scalar_dense
         return out
 
 
 def measured_peaks(device: torch.device) -> tuple[dict[torch.dtype, float], float]:
     """FLOPs a second of a large matrix product by precision, bytes a second of a large copy."""
-    n = 8192 if device.type == "cuda" else 2048
+    n, peaks = 8192 if device.type == "cuda" else 2048, {}
 
     def best(work: Callable[[], Any]) -> float:
         return min([seconds(device, work) for _ in range(6)][1:])  # the first is to warm up
 
-    peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-        peaks[dtype] = 2 * n**3 / best(lambda: a @ b)  # noqa: B023
+        peaks[dtype] = 2 * n**3 / best(partial(torch.matmul, a, b))
     c = torch.empty(16 * n * n, device=device, dtype=torch.uint8)
     return peaks, 2 * c.nbytes / best(c.clone)
 
@@ -382,27 +379,35 @@ def bare_passes(
 def step(args: Arguments) -> None:
     """Times steps against their bare network passes, in one run.
 
-    Beside it what the passes must take at the machine's measured peaks, and the share that they
-    reach in the peak of matrix products (MFU). Recomputed activations count as work. "products" is
-    the share that products, attention and convolutions have in the time at the peaks.
+    Beside it what the passes must take at the machine's measured peaks, and the share of the peak
+    of matrix products that they reach (MFU). Recomputed activations count as work. "products" is
+    the share of products, attention and convolutions in the time at the peaks. With random weights,
+    the reward is random, and costs what PickScore's eye does: not its text encoder, nor resizing.
     """
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
     trainer, random = load(args, texts)
-    reward = random_reward(trainer.device) if random else None
-    trainer.scorers = {"random": (1.0, reward or (lambda images, _: torch.rand(len(images))))}
+    eye = random_eye().to(trainer.device) if random else None
+
+    @torch.no_grad()
+    def reward(images: Tensor, prompts: list[dict]) -> Tensor:
+        if eye is None:
+            return torch.rand(len(images))
+        return eye(F.interpolate(images, (224, 224))).pooler_output.mean(1)
+
+    trainer.scorers = {"random": (1.0, reward)}
     chosen = [{"prompt": text} for text in texts[1:]]
     groups = len(trainer.own(chosen))
-
     peaks, bandwidth = measured_peaks(trainer.device)
     account = Account(peaks, bandwidth)
+    passes = partial(bare_passes, trainer, texts[1], reward if random else None)
     trainer.take_step(chosen, 0)  # warm
-    bare_passes(trainer, texts[1], reward, account)
+    passes(account)
     steps, bare = Counter(), Counter()
     for i in range(1, args.repeats + 1):
         metrics = trainer.take_step(chosen, i)
         steps.update({k: v / args.repeats for k, v in metrics.items() if v is not None})
         clock = Clock(trainer.device)
-        bare_passes(trainer, texts[1], reward, clock)
+        passes(clock)
         bare.update({k: groups * v / args.repeats for k, v in clock.seconds.items()})
     if not trainer.accelerator.is_main_process:
         return
@@ -412,16 +417,18 @@ def step(args: Arguments) -> None:
         f"{'seconds a step':16}{'ours':>10}{'bare passes':>14}{'overhead':>10}"
         f"{'TFLOP':>10}{'GB':>10}{'at the peaks':>14}{'products':>10}{'MFU':>8}"
     )
-    whole = sum(account.phases.values(), Counter())
-    for phase, counted in {**account.phases, "step": whole}.items():
+    account.phases["step"] = sum(account.phases.values(), Counter())
+    for phase, counted in account.phases.items():
         ours = steps["seconds" if phase == "step" else f"seconds/{phase}"]
         alone = bare.total() if phase == "step" else bare[phase]
         flops, moved, least = (groups * counted[k] for k in ("flops", "bytes", "seconds"))
+        products, used = (
+            1 - counted["others"] / counted["seconds"],
+            groups * counted["busy"] / alone,
+        )
         print(
-            f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}"
-            f"{flops / 1e12:>10.3g}{moved / 1e9:>10.3g}{least:>14.3f}"
-            f"{1 - counted['others'] / counted['seconds']:>10.1%}"
-            f"{groups * counted['busy'] / alone:>8.1%}"
+            f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}{flops / 1e12:>10.3g}"
+            f"{moved / 1e9:>10.3g}{least:>14.3f}{products:>10.1%}{used:>8.1%}"
         )
     print(f"{steps['images_per_second']:.3f} images a second trained on")
     if "peak_memory_gb" in metrics:
@@ -466,15 +473,10 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
 
 def plain(args: Arguments) -> None:
     """Our group's step against the plain one, and in bf16 against float32."""
-    trainer, x0, advantages = prepare(args)
+    trainer, *group = prepare(args)
     model, device = trainer.model, trainer.device
-
-    def ours() -> dict[str, Tensor]:
-        return trainer.backward_group(0, 0, TEXT, x0, advantages)
-
-    def theirs() -> None:
-        plain_group(trainer, 0, 0, x0, advantages)
-
+    ours = partial(trainer.backward_group, 0, 0, TEXT, *group)
+    theirs = partial(plain_group, trainer, 0, 0, *group)
     found = distance(gradients(trainer, ours), gradients(trainer, theirs))  # and both are warm now
     took = [(seconds(device, theirs), seconds(device, ours)) for _ in range(args.repeats)]
     mean_plain, mean_ours = (sum(times) / args.repeats for times in zip(*took, strict=True))
@@ -488,15 +490,13 @@ def plain(args: Arguments) -> None:
         with patch.object(model, "autocast", autocast):
             return gradients(trainer, ours), ours()
 
-    def bf16() -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16)
-
+    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
     half, metrics = work_in(bf16)
     for model.images_a_pass in sorted({1, 4, args.group_size}):
         apart, m = distance(work_in(bf16)[0], half), model.images_a_pass
         print(f"bf16, micro-batches of {m}: the gradient differs by {apart:.2e} of its norm")
     model.pipe.transformer.float()
-    exact, numbers = work_in(contextlib.nullcontext)
+    exact, numbers = work_in(nullcontext)
     named = [name for name, p in model.pipe.transformer.named_parameters() if p.requires_grad]
     cosines = sorted(
         (F.cosine_similarity(a.flatten(), b.flatten(), 0).item(), name)
@@ -513,7 +513,7 @@ def plain(args: Arguments) -> None:
         print(f"{name}: {a:.6f} in bf16, {b:.6f} in float32")
 
 
-@contextlib.contextmanager
+@contextmanager
 def compiled(trainer: Trainer, backend: str = "inductor") -> Iterator[None]:
     """The transformer's blocks, each by itself: those that are alike share what is compiled."""
     blocks = trainer.model.pipe.transformer.transformer_blocks
@@ -529,42 +529,39 @@ def compiled(trainer: Trainer, backend: str = "inductor") -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-def attention(backend: SDPBackend) -> Callable:
-    return lambda trainer: sdpa_kernel(backend)
+def attention(backend: str, trainer: Trainer) -> AbstractContextManager:
+    return sdpa_kernel(getattr(SDPBackend, backend))
 
 
-def twice_the_images(trainer: Trainer) -> contextlib.AbstractContextManager:
+def twice_the_images(trainer: Trainer) -> AbstractContextManager:
     """Which is what reference and theta_old in one batch would be, too."""
     return patch.object(trainer.model, "images_a_pass", 2 * trainer.model.images_a_pass)
 
 
-def vae_change(name: str, there: object, back: object) -> Callable:
+@contextmanager
+def vae_to(name: str, there: object, back: object, trainer: Trainer) -> Iterator[None]:
     """In bf16 its values are rounded for good, but its speed is the same again afterwards."""
-
-    @contextlib.contextmanager
-    def change(trainer: Trainer) -> Iterator[None]:
-        trainer.model.pipe.vae.to(**{name: there})
-        try:
-            yield
-        finally:
-            trainer.model.pipe.vae.to(**{name: back})
-
-    return change
+    trainer.model.pipe.vae.to(**{name: there})
+    try:
+        yield
+    finally:
+        trainer.model.pipe.vae.to(**{name: back})
 
 
 # The change, the phases it may help, and the operations whose time at the peaks it may save; or
 # None, where what it does itself can be counted.
 BOTH, BACKENDS = ("rollout", "train"), "FLASH_ATTENTION CUDNN_ATTENTION EFFICIENT_ATTENTION MATH"
-LAST = vae_change("memory_format", torch.channels_last, torch.contiguous_format)
+LAST = partial(vae_to, "memory_format", torch.channels_last, torch.contiguous_format)
+HALF = partial(vae_to, "dtype", torch.bfloat16, torch.float32)
 CHANGES: list[tuple[str, Callable, tuple[str, ...], str | None]] = [
     ("torch.compile of the blocks", compiled, BOTH, "others"),
     *(
-        (f"attention: {name.lower()}", attention(getattr(SDPBackend, name)), BOTH, "attention")
-        for name in BACKENDS.split()
+        (f"attention: {n.lower()}", partial(attention, n), BOTH, "attention")
+        for n in BACKENDS.split()
     ),
     ("twice the images in a pass", twice_the_images, BOTH, None),
     ("VAE channels-last", LAST, ("decode",), None),
-    ("VAE in bf16", vae_change("dtype", torch.bfloat16, torch.float32), ("decode",), None),
+    ("VAE in bf16", HALF, ("decode",), None),
 ]
 
 
@@ -582,13 +579,12 @@ def changes(args: Arguments) -> None:
     trainer, x0, advantages = prepare(args)
     model, device = trainer.model, trainer.device
     account = Account(*measured_peaks(device))
-    noise = torch.randn(x0.shape)
-    sampled = (TEXT, noise, args.num_inference_steps, args.guidance_scale)
-    group = (0, 0, TEXT, x0, advantages)
+    sampled = (TEXT, torch.randn(x0.shape), args.num_inference_steps, args.guidance_scale)
+    trained = partial(trainer.backward_group, 0, 0, TEXT, x0, advantages)
     phases: dict[str, Callable[[], list[Tensor]]] = {
         "rollout": lambda: [model.sample(*sampled)],
         "decode": lambda: [model.decode(x0)],
-        "train": lambda: gradients(trainer, lambda: trainer.backward_group(*group)),
+        "train": lambda: gradients(trainer, trained),
     }
     unchanged = {}
     for name, work in phases.items():
@@ -608,22 +604,25 @@ def changes(args: Arguments) -> None:
             except RuntimeError as error:  # no such attention here
                 print(f"| {title} | {name} | - | {first_line(error)} | - |", flush=True)
                 continue
-            compiling, took = (graphs() - before, time.perf_counter() - start), []
+            first, made, took = time.perf_counter() - start, graphs(), []
             for _ in range(args.repeats):
                 slow = seconds(device, work)
                 with change(trainer):
                     took.append((slow, seconds(device, work)))
-            if saved:
-                least = counted["seconds"] - counted[saved]
-            else:
+            least = counted["seconds"] - counted[saved]
+            if saved is None:
                 with account("changed"), change(trainer):
                     work()
                 least = account.phases.pop("changed")["seconds"]
             bound = min(slow for slow, _ in took) / least
             off = distance(changed, unchanged[name])
             print(f"| {title} | {name} | {bound:.2f} | {ratio(took)} | {off:.1e} |", flush=True)
-            if compiling[0]:
-                print("({} graphs were made in {:.0f} s)".format(*compiling))
+            if made > before:
+                more = f"{graphs() - made} more in {args.repeats} repetitions"
+                print(f"({made - before} graphs made in {first:.0f} s, {more})")
+    # What is copied to the device, embeddings, noise and advantages, makes the host wait, too.
+    looks = account.phases["train"]["looks"]
+    print(f"the host waits for a number {looks} times in a group's training")
 
 
 COMMANDS = {"plan": plan, "step": step, "plain": plain, "changes": changes}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -96,6 +97,17 @@ def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
 def first_line(error: BaseException) -> str:
     """What somebody else's error says first, or its type if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What an object in a file holds; nothing if there is no file. Raises Fault."""
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise Fault(f"cannot read {path} ({first_line(error)}); mend or delete it") from None
+    if not isinstance(found, dict):
+        raise Fault(f"cannot read {path} (it holds no JSON object); mend or delete it")
+    return found
 
 
 def make_folder(name: str, flag: str = "output_dir") -> Path:

@@ -42,10 +42,8 @@ def _require_groups(**tensors: Tensor) -> None:
 # for r: r = beta log p*/p_ref + beta log Z(c) (Eq. 6). Read backwards, p_theta is the optimum for
 # its implicit reward r_theta = beta log p_theta/p_ref + beta log Z(c), so a policy can be fitted to
 # preferences as a reward model is. What stands in the way is Z(c), a sum over all images.
-#
 # Eq. 1, 2, 7: DPO fits r_theta to pairs, by log sigmoid(r_theta(x_w) - r_theta(x_l)). log Z(c)
 # cancels in a difference of two. So DPO needs pairs, and of a pair it sees only which is better.
-#
 # Section 3.1, Eq. 8, 9, 11: DGPO compares two sets, by their weighted sums of r_theta. log Z(c)
 # then has the coefficient beta (sum_{G+} w - sum_{G-} w), and cancels for all balanced weights.
 # (A misprint: Eq. 11 has Z(c) in the bracket where Eq. 10 has log Z(c). The coefficient is right.)
@@ -113,11 +111,10 @@ def weights(advantages: Tensor) -> Tensor:
 def sample_timesteps(
     shape: tuple[int, ...], t_min: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """t ~ U[t_min, 1], Algorithm 1, line 11, on the generator's device.
+    """t ~ U[t_min, 1] for 0 <= t_min < 1, Algorithm 1, line 11, on the generator's device.
 
     t_min > 0 is the Timestep Clip Strategy of Section 3.2. A rollout of few steps has artefacts
     such as blur in its fine detail, and detail is what the model learns at low noise.
-    Raises ValueError unless 0 <= t_min < 1.
     """
     _require(0 <= t_min < 1, f"t_min must be in [0, 1), got {t_min}")
     device = None if generator is None else generator.device
@@ -132,8 +129,8 @@ def sample_timesteps(
 def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
 
-    x0: (P, G, ...). eps: (P, 1, ...), shared by the group, or (P, G, ...). t: (P, 1) or (P, G).
-    Returns (P, G, ...). Raises ValueError when eps or t does not broadcast to x0.
+    x0, and what is returned: (P, G, ...). eps: (P, 1, ...), shared by the group, or (P, G, ...).
+    t: (P, 1) or (P, G). Raises ValueError when eps or t has another shape.
     """
     (P, G), fits = x0.shape[:2], (tuple(x0.shape), (len(x0), 1, *x0.shape[2:]))
     _require(t.shape in ((P, 1), (P, G)), f"t must be {(P, 1)} or {(P, G)}, got {tuple(t.shape)}")
@@ -149,8 +146,7 @@ def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 def lambda_t(alpha_t: Real, sigma_t: Real, alpha_s: Real, sigma_s: Real, eta_s: Real) -> Real:
     """Eq. 22: lambda_t in KL(q || p_theta) = lambda_t ||x0 - f||^2, s < t being the paper's t - 1.
 
-    1 / (2 eta_s^2) (alpha_s - sqrt(sigma_s^2 - eta_s^2) alpha_t / sigma_t)^2, with the std of the
-    step 0 < eta_s <= sigma_s and sigma_t > 0. Floats, or tensors that broadcast.
+    eta_s is the step's std, 0 < eta_s <= sigma_s, and sigma_t > 0: floats, or tensors.
     """
     kept = (sigma_s**2 - eta_s**2) ** 0.5  # how much of x_t's noise stays in x_s
     return (alpha_s - kept * alpha_t / sigma_t) ** 2 / (2 * eta_s**2)
@@ -189,8 +185,8 @@ def dsm_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 def preference_gap(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor) -> Tensor:
     """The gap of Eq. 17, R(G+) - R(G-) over beta, (P, G) -> (P,): 0 at the reference.
 
-    It grows as theta tells G+ from G- better than the reference does. The argument of Eq. 17's
-    bracket is its negative. Raises ValueError unless all three have one shape (P, G).
+    It grows as theta tells G+ from G- better; Eq. 17's bracket is its negative. Raises ValueError
+    unless all three have one shape (P, G).
     """
     _require_groups(loss_theta=loss_theta, loss_ref=loss_ref, advantages=advantages)
     return group_gap(loss_ref - loss_theta, weights(advantages), partition(advantages))
@@ -228,9 +224,8 @@ def group_gradient(
 def clip_mask(loss_theta: Tensor, loss_old: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """PPO's clip for a model without a likelihood: True (P, G) where the gradient is dropped.
 
-    exp(L_old - L_theta) stands for p_theta / p_old. A good sample (A > 0) is dropped once the ratio
-    exceeds 1 + clip, a bad one once it is under 1 - clip: it has then moved far enough.
-    Raises ValueError unless the first three have one shape (P, G) and clip >= 0.
+    exp(L_old - L_theta) stands for p_theta / p_old. A good sample (A > 0) has moved far enough once
+    the ratio exceeds 1 + clip, a bad one once it is under 1 - clip. Errors as in `dgpo_loss`.
     """
     _require_groups(loss_theta=loss_theta, loss_old=loss_old, advantages=advantages)
     _require(clip >= 0, f"clip must be at least 0, got {clip}")
@@ -311,10 +306,9 @@ def backward_group_loss(
     advantages: (P, G). beta: published units, a float or (P,). share: of these groups in the step.
     velocity_kl: what the KL compares with, by default velocity_ref. clip, bound (2, or 0 for none):
     against velocity_old. micro_batch: most samples to a forward and backward, by default all; the
-    result is the same, for another forward of theta. A network that is given twice is asked once,
-    and without a preference (A = 0) only what the KL needs is asked.
-    Returns, detached: loss (), Eq. 17 at beta / G; and (P,) each the gap as a mean over the group,
-    the gate, kl, and clipped, a share. Raises ValueError on shapes and values that cannot be.
+    result is the same, for another forward of theta. A network given twice is asked once; without a
+    preference (A = 0), only the KL's is. Returns, detached: loss (), Eq. 17 at beta / G, and (P,)
+    each: gap, a group's mean, gate, kl, and clipped, a share. Raises ValueError on other input.
     """
     P, G = advantages.shape
     _require(min(kl, bound) >= 0, f"kl and bound must be at least 0, got {kl} and {bound}")
@@ -402,9 +396,9 @@ def train(
 
     model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
     reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: all randomness is its.
-    beta, and the options kl, clip, bound: see `backward_group_loss`. ema: theta_old's decay; by
-    default theta_old = theta. offline: all samples come from the reference (Section 4.3). Beyond
-    the paper: train_samples, the m of `extremes`; updates, optimiser steps from each rollout.
+    beta and options, kl, clip, bound: see `backward_group_loss`. ema: theta_old's decay; by default
+    theta_old = theta. offline: draw all samples from the reference (Section 4.3). Beyond the paper:
+    train_samples, the m of `extremes`; updates, the optimiser steps that a rollout serves.
     """
     P, G, K = prompts, group_size, train_timesteps
     reference = copy.deepcopy(model).requires_grad_(False)  # "Require: reference model f_ref"
@@ -420,7 +414,7 @@ def train(
         actor = conditioned(reference if offline else theta_old, c.repeat_interleave(G))
         x0 = sample_ode(actor, noise, rollout_steps).view(P, G, *data_shape)  # line 4
         rewards = reward(c[:, None], x0)  # line 6
-        mean_reward = rewards.mean()
+        found = {"reward": rewards.mean()}
         if train_samples is not None:
             chosen = torch.arange(P)[:, None], extremes(rewards, train_samples)
             x0, rewards = x0[chosen], rewards[chosen]
@@ -432,10 +426,11 @@ def train(
             eps = torch.randn(K * P, 1, *data_shape, generator=generator, device=generator.device)
             groups = torch.cat([x0] * K), eps, t, advantages.repeat(K, 1), beta
             optimizer.zero_grad()
-            found = backward_group_loss(*networks[:2], *groups, velocity_old=networks[2], **options)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            found |= backward_group_loss(
+                *networks[:2], *groups, velocity_old=networks[2], **options
+            )
+            found["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()  # line 14
         if ema is not None:
             ema_update(theta_old.parameters(), model.parameters(), ema)  # line 15
-        metrics = {"reward": mean_reward, "grad_norm": grad_norm, **found}
-        yield {name: value.mean().item() for name, value in metrics.items()}
+        yield {name: value.mean().item() for name, value in found.items()}

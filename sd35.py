@@ -2,58 +2,77 @@
 
 theta is a LoRA in a frozen transformer. So four networks share one set of weights: theta; the
 reference, which is the transformer without the LoRA; and theta_old and the saved average, which are
-other values of the LoRA. Whose answer is wanted is said by a context, as in
+other values of the LoRA. Whose answer is wanted is said by a context of `Model`:
 
     with model.theta_old():
         latents = model.sample("a red cube", noise, steps=10, guidance=4.5)
 
-Times are the sampler's, in [0, 1], with 1 = pure noise; diffusers' transformer takes 1000 times it.
+Times are the sampler's, in [0, 1], where 1 is pure noise; diffusers has them times 1000.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
 
-import diffusers
 import torch
-from diffusers import StableDiffusion3Pipeline
-from diffusers.training_utils import cast_training_params
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import DPMSolverMultistepScheduler as DPMSolver
+from diffusers import FlowMatchEulerDiscreteScheduler as Euler
+from diffusers.training_utils import cast_training_params, offload_models
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 import dgpo
-from cli import Fault, first_line
+from cli import Fault, first_line, replace_file
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+T5 = ["text_encoder_3", "tokenizer_3"]
+PARTS = "scheduler transformer vae text_encoder tokenizer text_encoder_2 tokenizer_2".split() + T5
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as load_lora_weights of diffusers looks for it
-LORA_LAYERS = "add_k_proj add_q_proj add_v_proj to_add_out to_k to_q to_v to_out.0"
-LORA_TARGETS = [f"attn.{name}" for name in LORA_LAYERS.split()]
+LORA_TARGETS = "add_k_proj add_q_proj add_v_proj to_add_out to_k to_q to_v to_out.0"  # of attn
+Context = Callable[[], AbstractContextManager]
 
 
 def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """Transformer and text encoders in dtype, the VAE in float32; nothing trains. Raises Fault."""
+    """Transformer and text encoders in dtype, the VAE in float32; nothing trains. Raises Fault.
+
+    T5 may be absent if the model says so, and nothing else. A tokenizer must know its encoder's
+    words: transformers makes do with one that knows none, and then all prompts are equal.
+    """
+    local = Path(model).is_dir()
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(
-            model, dtype={"default": dtype, "vae": torch.float32}
-        )
-    except (OSError, ValueError) as error:
-        raise Fault(
-            f"cannot load {model} ({first_line(error)}). Accept its licence at "
-            f"https://huggingface.co/{model} and log in by `hf auth login`, or give a local folder"
-        ) from None
+        folder = Path(model if local else StableDiffusion3Pipeline.download(model))
+        index = StableDiffusion3Pipeline.load_config(folder)
+        absent = dict.fromkeys(T5 if index.get(T5[0]) == [None, None] else [])
+        for name in PARTS:
+            there = index.get(name, [None])[0] and any((folder / name).glob("*config.json"))
+            if not there and name not in absent:
+                raise ValueError(f"it has no {name}")
+        dtypes = {"default": dtype, "vae": torch.float32}
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, **absent)
+        for i in ("", "_2", "_3")[: 2 if absent else 3]:
+            words = len(getattr(pipe, f"tokenizer{i}"))
+            known = getattr(pipe, f"text_encoder{i}").config.vocab_size
+            if not 0.9 * known < words <= known:
+                raise ValueError(f"its tokenizer{i} has {words} tokens, and its encoder {known}")
+    except Exception as error:  # whatever the libraries make of other files
+        hub = f"accept its licence at https://huggingface.co/{model}, do `hf auth login`, or "
+        hint = f"{'' if local else hub}give a folder as a pipeline's save_pretrained writes it"
+        raise Fault(f"cannot load {model} ({first_line(error)}); {hint}") from None
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
@@ -64,20 +83,14 @@ def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
 def make_scheduler(sampler: str, shift: float) -> Any:
     """A rollout's sampler, "dpm++" or "euler". shift: t becomes shift t / (1 + (shift - 1) t)."""
     if sampler == "euler":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        return Euler(shift=shift)
     # Leaving out flow_shift would silently give an unshifted schedule.
-    return diffusers.DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift
-    )
+    return DPMSolver(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
 
 
 def rollout_times(scheduler: Any, steps: int) -> Tensor:
-    """The times (steps,) at which a rollout asks the model, in [0, 1], noisiest first.
-
-    They are what the scheduler gives to the model, in thousandths, as in the released trainer. Its
-    sigmas are a little larger with DPM-Solver++, which rounds times down.
-    """
-    scheduler.set_timesteps(steps)
+    """The times (steps,) at which a rollout asks the model, in [0, 1], noisiest first."""
+    scheduler.set_timesteps(steps)  # its sigmas are not quite its times, which are rounded down
     return scheduler.timesteps.float() / 1000
 
 
@@ -86,44 +99,36 @@ def add_lora(
 ) -> list[nn.Parameter]:
     """Puts a LoRA that changes nothing yet into the transformer. Returns theta, in float32.
 
-    seed: of its start, the same on every process. checkpointing: of activations, to save memory.
+    seed: what theta starts from, the same on every process. checkpointing: activations are computed
+    again in the backward pass rather than kept.
     """
     torch.manual_seed(seed)
-    about = {"init_lora_weights": "gaussian", "target_modules": LORA_TARGETS}
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, **about))
+    targets = [f"attn.{name}" for name in LORA_TARGETS.split()]
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
+    )
+    transformer.add_adapter(lora)
     cast_training_params(transformer, dtype=torch.float32)
     if checkpointing:
         transformer.enable_gradient_checkpointing()
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-@contextlib.contextmanager
-def without_lora(transformer: nn.Module) -> Iterator[None]:
-    """The transformer is the reference here."""
-    transformer.disable_adapters()
-    try:
-        yield
-    finally:
-        transformer.enable_adapters()
-
-
-@contextlib.contextmanager
+@contextmanager
 def with_values(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
     """The parameters have these values here. Storage is exchanged, nothing is copied."""
-
-    def exchange() -> None:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data, value.data = value.data, parameter.data
-
-    exchange()
+    pairs = list(zip(parameters, values, strict=True))
+    for parameter, value in pairs:
+        parameter.data, value.data = value.data, parameter.data
     try:
         yield
     finally:
-        exchange()
+        for parameter, value in pairs:
+            parameter.data, value.data = value.data, parameter.data
 
 
 @torch.no_grad()
-def decode(vae: diffusers.AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] of latents (N, C, h, w) in any precision."""
     latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
     return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
@@ -138,53 +143,53 @@ class Encoded:
 
 
 class Encoder:
-    """Text encoders that run ahead for some prompts and then leave the device."""
+    """Text encoders that live on the CPU, and come to the device one at a time for some prompts.
+
+    The transformer and the VAE leave it meanwhile, as T5-XXL alone takes 9.5 GB. So a call moves
+    32 GB, which takes seconds: give it many steps' prompts, but not all, as each takes 3 MB.
+    """
 
     def __init__(self, pipe: StableDiffusion3Pipeline, length: int, device: torch.device):
-        # A pipeline of its own, so that all modules of the other one stay on the device.
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        self.modules = [getattr(pipe, name) for name in names if getattr(pipe, name) is not None]
-        self.pipe = StableDiffusion3Pipeline(
-            **{**pipe.components, "transformer": None, "vae": None}
-        )
-        for name in names:
-            setattr(pipe, name, None)
-        self.length, self.device = length, device
+        self.pipe, self.length, self.device = type(pipe)(**pipe.components), length, device
+        pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None  # or it ran on the CPU
 
     @torch.no_grad()
     def __call__(self, texts: list[str], known: dict[str, Encoded]) -> dict[str, Encoded]:
-        """What these and the empty prompt become, on the CPU, each encoded once."""
+        """What the pipeline's encode_prompt makes of these and of "", one by one; on the CPU."""
         texts = list(dict.fromkeys(["", *texts]))
-        found = {text: known[text] for text in texts if text in known}
-        for module in self.modules:
-            module.to(self.device)
-        # One by one: what a prompt becomes does not depend on the others of a batch.
-        for text in texts:
-            if text not in found:
-                how = {"device": self.device, "max_sequence_length": self.length}
-                embeds, _, pooled, _ = self.pipe.encode_prompt(
-                    text, text, text, do_classifier_free_guidance=False, **how
-                )
-                found[text] = Encoded(embeds.float().cpu(), pooled.float().cpu())
-        for module in self.modules:
-            module.to("cpu")
-        return found
+        new = [text for text in texts if text not in known]
+        pipe, length, device = self.pipe, self.length, self.device
+        clip, t5 = pipe._get_clip_prompt_embeds, pipe._get_t5_prompt_embeds
+        with offload_models(pipe.transformer, pipe.vae, device="cpu"):
+            with offload_models(pipe.text_encoder, device=device):
+                one = [clip(text, device=device, clip_model_index=0) for text in new]
+            with offload_models(pipe.text_encoder_2, device=device):
+                two = [clip(text, device=device, clip_model_index=1) for text in new]
+            with offload_models(*filter(None, [pipe.text_encoder_3]), device=device):
+                three = [t5(text, device=device, max_sequence_length=length).cpu() for text in new]
+        found = dict(known)
+        for text, *clips, last in zip(new, one, two, three, strict=True):
+            embeds, pooled = (torch.cat(pair, -1).cpu() for pair in zip(*clips, strict=True))
+            embeds = torch.cat([F.pad(embeds, (0, last.shape[-1] - embeds.shape[-1])), last], 1)
+            found[text] = Encoded(embeds.float(), pooled.float())
+        return {text: found[text] for text in texts}
 
 
 @dataclass
 class Model:
     """Who can be asked, and for what. Asked is theta, unless a context names another.
 
-    theta: the LoRA's parameters. resolution: a picture's side in pixels. images_a_pass: most images
-    in a network at once. autocast: gives the transformer's context. between_passes: called before
-    each pass; what it raises ends the work. encoded: the prompts at hand, and for guidance "".
+    theta: the LoRA's parameters in pipe.transformer. resolution: the side of a picture in pixels.
+    images_a_pass: most images that go through a network at once. autocast: gives the context in
+    which the transformer runs. between_passes: called before each pass; what it raises ends the
+    work. encoded: the prompts at hand, which must include the empty one where there is guidance.
     """
 
     pipe: StableDiffusion3Pipeline
     theta: list[nn.Parameter]
     resolution: int
     images_a_pass: int
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    autocast: Context = nullcontext
     between_passes: Callable[[], None] = lambda: None
     encoded: dict[str, Encoded] = field(default_factory=dict)
 
@@ -201,13 +206,18 @@ class Model:
         side = self.resolution // self.pipe.vae_scale_factor
         return self.pipe.transformer.config.in_channels, side, side
 
-    def reference(self) -> contextlib.AbstractContextManager:
-        return without_lora(self.pipe.transformer)
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self.pipe.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.pipe.transformer.enable_adapters()
 
-    def theta_old(self) -> contextlib.AbstractContextManager:
+    def theta_old(self) -> AbstractContextManager:
         return with_values(self.theta, self.old)
 
-    def saved_average(self) -> contextlib.AbstractContextManager:
+    def saved_average(self) -> AbstractContextManager:
         return with_values(self.theta, self.average)
 
     def embedding(self, text: str) -> Encoded:
@@ -230,8 +240,6 @@ class Model:
                     latents=x,
                     num_inference_steps=steps,
                     guidance_scale=guidance,
-                    height=self.resolution,
-                    width=self.resolution,
                     output_type="latent",
                 )
             parts.append(output.images)
@@ -245,17 +253,12 @@ class Model:
             parts.append(decode(self.pipe.vae, x))
         return torch.cat(parts)
 
-    def velocity(
-        self,
-        text: str,
-        guidance: float = 1.0,
-        who: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ) -> dgpo.Velocity:
+    def velocity(self, text: str, guidance: float = 1, who: Context = nullcontext) -> dgpo.Velocity:
         """The transformer as (x_t (B, C, h, w), t (B,), p (B,)) -> v, for one prompt.
 
         who: the context of the one that is asked, such as self.reference; by default theta.
         """
-        encoded = [self.embedding(each) for each in ([text] if guidance == 1 else [text, ""])]
+        encoded = [self.embedding(prompt) for prompt in ([text] if guidance == 1 else [text, ""])]
 
         def v(x: Tensor, t: Tensor, p: Tensor) -> Tensor:
             self.between_passes()
@@ -277,18 +280,16 @@ class Model:
 
 
 def save_lora(model: Model, folder: Path) -> None:
-    """The saved average as LORA_FILE in folder, complete or not there at all."""
+    """The saved average as LORA_FILE in folder, complete or not there at all. Raises Fault."""
     transformer = model.pipe.transformer
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        with model.saved_average():
-            StableDiffusion3Pipeline.save_lora_weights(
-                aside,
-                weight_name=LORA_FILE,
-                transformer_lora_layers=get_peft_model_state_dict(transformer),
-                # Without this, the LoRA would be loaded at scale 1 instead of alpha / rank.
-                transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-            )
-        os.replace(Path(aside) / LORA_FILE, folder / LORA_FILE)
+    with model.saved_average():
+        lora = {
+            "transformer_lora_layers": get_peft_model_state_dict(transformer),
+            # Without this, the LoRA would be loaded at scale 1 instead of alpha / rank.
+            "transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict(),
+        }
+        save = partial(model.pipe.save_lora_weights, folder, **lora)
+        replace_file(folder / LORA_FILE, lambda new: save(weight_name=new.name))
 
 
 def load_lora(pipe: StableDiffusion3Pipeline, folder: Path | str) -> None:

@@ -3,12 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import shapes
 import torch
 from test_train_sd35 import flags
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import cli
@@ -58,23 +58,15 @@ def test_a_compiled_transformer_gives_the_same_gradient_and_is_compiled_once(tin
     assert bench.distance(found, plain) < 1e-6
 
 
-class Looks(TorchDispatchMode):
-    """Counts how often the host needs a number from the device, and on a GPU waits for it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._overloadpacket is torch.ops.aten._local_scalar_dense
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_host_waits_only_to_check_a_groups_input(tiny, tmp_path):
-    """A few times a pass of the whole group, and never at each micro-batch."""
+    """A few times a call of dgpo.py, and never at each micro-batch: a GPU would stand still."""
     trainer, x0, advantages = bench.prepare(arguments(tiny, tmp_path / "run", train_timesteps=2))
     found = []
     for trainer.model.images_a_pass in (1, 4, 8):  # two, two and one call of dgpo.py
-        with Looks() as looks:
-            looks.count = 0
+        account = bench.Account({torch.float32: 1.0}, 1.0)
+        with account("train"):
             trainer.backward_group(0, 0, bench.TEXT, x0, advantages)
-        found.append(looks.count)
+        found.append(account.phases["train"]["looks"])
     assert found[0] == found[1] == 2 * found[2] and 0 < found[2] <= 8
 
 
@@ -173,6 +165,43 @@ def test_the_plan_counts_the_real_geometry(capsys):
     products = 2 * parameters * 192 * 10 * 2 / 1e12  # images, steps, guidance
     assert products < flop["rollout"] < 1.25 * products
     assert flop["together"] == pytest.approx(sum(list(flop.values())[:4]), abs=2)
+
+
+def test_the_plan_has_room_for_one_encoder_beside_what_stays(capsys):
+    """On 16 GB: T5-XXL's 4.76 G parameters, and of the LoRA's 24 bytes a parameter 16 stay."""
+    bench.plan(train_sd35.parse_args([], bench.Arguments))
+    printed = capsys.readouterr().out
+    lines = {line[10:]: float(line[:8]) for line in printed.splitlines()[1:6]}
+    (t5,) = (found for name, found in lines.items() if name.startswith("T5"))
+    (encoding,) = (found for name, found in lines.items() if "while prompts are encoded" in name)
+    assert t5 == pytest.approx(2 * 4.762, abs=0.01)
+    assert encoding == pytest.approx(t5 + 16 * 0.0376, abs=0.01)
+    assert encoding < 0.9 * 16 - bench.REWARD_GB
+    rows = {int(line.split()[0]): line for line in printed.splitlines() if " GB  " in line}
+    assert "no room" not in printed and list(rows) == [16, 24, 40, 80]
+    most = [int(line.split("GB")[1].split(",")[0]) for line in rows.values()]
+    assert most == sorted(most) and most[0] >= 1
+
+
+def test_the_plan_counts_what_training_on_fewer_samples_saves():
+    args = train_sd35.parse_args([], bench.Arguments)  # groups of 24, in passes of 4
+    size = SimpleNamespace(reference=1.0, theta=2.0, backward=5.0, decode=0.5, eye=0.1)
+    whole = bench.step_tflop(args, size)
+    K = args.train_timesteps
+    # The reference, theta_old for the clip, theta for the gap of a group in parts, the backward.
+    assert whole["train"] == pytest.approx(192 * K * (1 + 2 + 2 + 5))
+    for m, U in ((8, 1), (12, 3), (24, 2)):
+        found = bench.step_tflop(args, size, train_samples=m, updates_per_rollout=U)
+        assert found["train"] == pytest.approx(whole["train"] * U * m / 24)
+        assert {**found, "train": 0} == {**whole, "train": 0}
+    # All m in one pass: theta need not be asked for the gap.
+    at_once = bench.step_tflop(args, size, train_samples=4)["train"]
+    assert at_once == pytest.approx(192 * K * (1 + 2 + 5) * 4 / 24)
+    # The bound asks theta_old, which the clip has asked already.
+    assert bench.step_tflop(args, size, bound=1.0) == whole
+    args.clip = 0.0
+    free, bounded = (bench.step_tflop(args, size, bound=bound)["train"] for bound in (0.0, 1.0))
+    assert bounded - free == pytest.approx(192 * K * 2.0)
 
 
 def test_an_unknown_command_is_one_line(monkeypatch, capsys):

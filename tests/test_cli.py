@@ -73,6 +73,17 @@ def test_pairs():
         cli.pairs(["a"], "flag")
 
 
+def test_what_a_file_of_json_holds(tmp_path):
+    path = tmp_path / "kept.json"
+    assert cli.read_json(path) == {}
+    path.write_text('{"a": [1]}')
+    assert cli.read_json(path) == {"a": [1]}
+    for rubbish in ("", "[3]", "[" * 100_000):
+        path.write_text(rubbish)
+        with pytest.raises(Fault, match=r"cannot read .*kept.json \(.*\); mend or delete it"):
+            cli.read_json(path)
+
+
 def test_folders(tmp_path):
     made = cli.make_folder(str(tmp_path / "a" / "b"))
     assert made.is_dir() and not list(made.iterdir())

@@ -1,5 +1,8 @@
 """The model as Algorithm 1 sees it, on a tiny untrained pipeline of SD3.5's classes."""
 
+import json
+import shutil
+
 import pytest
 import shapes
 import torch
@@ -116,9 +119,63 @@ def test_a_lora_is_saved_as_the_average_and_loads_in_diffusers(tiny_model, point
 
 
 def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
-    with pytest.raises(Fault, match="cannot load .*nowhere.* or give a local folder") as fault:
+    with pytest.raises(Fault, match="cannot load .*nowhere.* licence .* or give a folder") as fault:
         sd35.load_pipeline(str(tmp_path / "nowhere"), torch.float32)
     assert "\n" not in str(fault.value)
+
+
+def without(name):
+    return lambda folder, index: shutil.rmtree(folder / name)
+
+
+def without_file(name):
+    return lambda folder, index: (folder / name).unlink()
+
+
+def instead(**parts):
+    return lambda folder, index: index.update(parts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        *((without(name), f"it has no {name})") for name in sd35.PARTS),
+        *((instead(**{name: [None, None]}), f"it has no {name})") for name in sd35.PARTS[:-2]),
+        (lambda folder, index: index.pop("text_encoder_3"), "it has no text_encoder_3)"),
+        (instead(tokenizer_3=[None, None]), "it has no tokenizer_3)"),
+        (without_file("text_encoder_3/config.json"), "it has no text_encoder_3)"),
+        (without_file("tokenizer_3/tokenizer.json"), "its tokenizer_3 has 4 tokens"),
+        (without_file("tokenizer/tokenizer.json"), "its tokenizer has 2 tokens"),
+        (without_file("vae/diffusion_pytorch_model.safetensors"), "vae"),
+        (instead(transformer=["diffusers", "Nonsense"]), "no class `Nonsense`"),
+        (lambda folder, index: index.clear(), "it has no scheduler"),
+    ],
+)
+def test_a_folder_without_one_of_its_parts_is_one_line_that_names_it(tiny, tmp_path, damage, said):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    damage(folder, index)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(Fault) as fault:
+        sd35.load_pipeline(str(folder), torch.float32)
+    assert said in str(fault.value) and "\n" not in str(fault.value)
+    assert "licence" not in str(fault.value) and "give a folder" in str(fault.value)
+
+
+def test_a_model_may_say_that_it_has_no_t5(tiny, tmp_path):
+    """It is encoded as in the pipeline that diffusers makes of it."""
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    for name in sd35.T5:
+        shutil.rmtree(folder / name)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, **dict.fromkeys(sd35.T5, [None] * 2)})
+    )
+    pipe = sd35.load_pipeline(str(folder), torch.float32)
+    assert pipe.text_encoder_3 is None is pipe.tokenizer_3
+    expected = encode_prompt(pipe, TEXT)
+    found = sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu"))([TEXT], {})[TEXT]
+    assert torch.equal(found.embeds, expected[0]) and torch.equal(found.pooled, expected[2])
 
 
 @pytest.mark.parametrize(
@@ -134,6 +191,18 @@ def test_the_rollouts_times(sampler, steps, expected):
     assert times.tolist() == pytest.approx(expected, abs=3e-6)
 
 
+def encode_prompt(pipe, text, device=None):
+    with torch.no_grad():
+        return pipe.encode_prompt(
+            text,
+            text,
+            text,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=shapes.TOKENS,
+        )
+
+
 def test_a_prompt_is_encoded_once_and_alone(tiny_model, tiny):
     pipe = sd35.load_pipeline(str(tiny), torch.float32)
     encode = sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu"))
@@ -141,6 +210,45 @@ def test_a_prompt_is_encoded_once_and_alone(tiny_model, tiny):
     one = encode([TEXT], {})
     assert list(one) == ["", TEXT]
     both = encode(["blue square", TEXT, TEXT], one)
-    assert list(both) == ["", TEXT, "blue square"] and both[TEXT] is one[TEXT]
+    assert list(both) == ["", "blue square", TEXT] and both[TEXT] is one[TEXT]
     alone = encode(["blue square"], {})["blue square"]
     assert torch.equal(alone.embeds, both["blue square"].embeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_prompt_becomes_is_encode_prompts_to_the_bit(tiny, dtype):
+    texts = ["", TEXT, "a blue square and a word that no tokenizer knows, which is cut off"]
+    pipe = sd35.load_pipeline(str(tiny), dtype)
+    expected = {text: encode_prompt(pipe, text) for text in texts}
+    found = sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu"))(texts, {})
+    for text, (embeds, _, pooled, _) in expected.items():
+        assert embeds.dtype == dtype and found[text].embeds.dtype == torch.float32
+        assert torch.equal(found[text].embeds, embeds.float())
+        assert torch.equal(found[text].pooled, pooled.float())
+
+
+def test_one_network_at_a_time_is_on_the_device_while_prompts_are_encoded(tiny, monkeypatch):
+    """The device is the CPU by another name: all work is done, and who is sent where is seen.
+
+    Who has left comes back to where it was: that is offload_models of diffusers, and not seen here.
+    """
+    pipe = sd35.load_pipeline(str(tiny), torch.float32)
+    names = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
+    modules = {name: getattr(pipe, name) for name in names}
+    there, sent, at_work = {"transformer", "vae"}, [], []
+
+    def send(name, device):
+        sent.append((name, str(device)))
+        there.symmetric_difference_update({name})  # each move is to the other place
+        assert len(there - {"vae"}) <= 1
+
+    for name, module in modules.items():
+        # With a default argument, as all functions are of one loop.
+        monkeypatch.setattr(module, "to", lambda device, name=name: send(name, device))
+        module.register_forward_pre_hook(lambda *_, name=name: at_work.append((name, set(there))))
+    encode = sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu", 0))
+    encode([TEXT, "blue square"], {})
+    assert at_work == [(name, {name}) for name in names[2:] for _ in range(3)]
+    assert sent[:2] == [("transformer", "cpu"), ("vae", "cpu")]
+    assert sent[2:-2] == [(name, place) for name in names[2:] for place in ("cpu:0", "cpu")]
+    assert [name for name, _ in sent[-2:]] == names[:2] and there == set(names[:2])
