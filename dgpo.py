@@ -411,8 +411,8 @@ def train(
     for _ in range(iterations):  # line 1
         c = sample_conditions(P, generator)  # line 3
         noise = torch.randn(P * G, *data_shape, generator=generator, device=generator.device)
-        actor = conditioned(reference if offline else theta_old, c.repeat_interleave(G))
-        x0 = sample_ode(actor, noise, rollout_steps).view(P, G, *data_shape)  # line 4
+        v = conditioned(reference if offline else theta_old, c.repeat_interleave(G))
+        x0 = sample_ode(v, noise, rollout_steps).view(P, G, *data_shape)  # line 4
         rewards = reward(c[:, None], x0)  # line 6
         found = {"reward": rewards.mean()}
         if train_samples is not None:

@@ -1,19 +1,19 @@
-"""The README says what is so: its reading guide, and the commands it gives."""
+"""The README says what is so: where each equation stands, the commands it gives, the tables."""
 
 import dataclasses
 import re
-import shutil
-import sys
 from pathlib import Path
 
-import compare
+import run_2d
 
+import bench
 import evaluate
+import prompts
 import rewards
 import train_sd35
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_reading_guide_points_at_the_right_lines():
@@ -29,44 +29,48 @@ def test_every_public_function_is_in_the_reading_guide():
     assert [name for name in public if f"[`{name}`](dgpo.py#L" not in README] == []
 
 
+def test_every_file_that_is_linked_or_shown_is_there():
+    targets = re.findall(r"\]\((?!http|#)([^)#]+)", README)
+    assert len(targets) > 20
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    places = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    inside = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert inside <= places | set(re.findall(r'<a id="([^"]+)">', README))
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     command = "pip install -r requirements.txt && pytest"
     assert command in README and command in (ROOT / ".ci" / "run").read_text()
 
 
 def test_every_flag_in_the_readme_exists():
-    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README)) - {
-        "--help",
-        "--nproc_per_node",
-    }  # torchrun's
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", README)) - {"--help", "--nproc_per_node"}
     assert {"--offline", "--only", "--reward"} <= flags
-    commands = ("toy/run_2d.py", "toy/compare.py", "toy/shapes.py", "prompts.py")
-    source = "".join((ROOT / name).read_text() for name in commands)
-    fields = dataclasses.fields(train_sd35.Arguments) + dataclasses.fields(evaluate.Arguments)
-    others = {f"--{no}{field.name}" for field in fields for no in ("", "no_")} | {"--model"}
-    assert [flag for flag in flags if f'"{flag}"' not in source and flag not in others] == []
+    scripts = (train_sd35, evaluate, run_2d, prompts, bench)
+    fields = [field for script in scripts for field in dataclasses.fields(script.Arguments)]
+    known = {f"--{no}{field.name}" for field in fields for no in ("", "no_")} | {"--model"}
+    source = "".join((ROOT / "toy" / name).read_text() for name in ("compare.py", "shapes.py"))
+    known |= {
+        f"--{name}" for name in re.findall(r"^    (\w+): .* = option\(", source, re.MULTILINE)
+    }
+    assert [
+        flag for flag in flags if flag.replace("-", "_")[2:] not in {k[2:] for k in known}
+    ] == []
 
 
-def test_the_recipes_are_the_trainers():
-    for name, recipe in train_sd35.RECIPES.items():
-        (row,) = re.findall(rf"^\| `{name}` \| \d+ \|.*", README, re.MULTILINE)
-        group, beta, kl, clip = (float(cell) for cell in row.split("|")[2:6])
-        found = (recipe["group_size"], recipe["beta"], recipe["kl"], recipe["clip"])
-        assert (group, beta, kl, clip) == found
-        assert f"| {recipe['std']} |" in row
-
-
-def test_every_reward_is_in_the_readme():
+def test_the_recipes_and_rewards_are_in_the_readme():
+    assert [recipe for recipe in train_sd35.RECIPES if f"| `{recipe}` |" not in README] == []
     table = README.split("| `--reward` |")[1].split("\n\n")[0]
-    assert [name for name in rewards.names() if f"| `{name}` |" not in table] == []
+    assert [name for name in rewards.names() if f"`{name}`" not in table] == []
 
 
-def test_the_tables_are_what_compare_prints_of_the_kept_results(tmp_path, monkeypatch, capsys):
-    for file in (ROOT / "toy" / "results").glob("*.json"):
-        shutil.copy(file, tmp_path)
-    command = ["compare.py", "--full", "--table", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
-    compare.main()
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(printed) > 100
-    assert [line for line in printed if line not in README.splitlines()] == []
+def test_every_metric_is_explained_in_the_readme(tmp_path):
+    """What a step writes to metrics.jsonl, by the functions that make it."""
+    source = (ROOT / "train_sd35.py").read_text()
+    written = set(
+        re.findall(r'"(equal_groups|groups_not_finite|peak_memory_gb|grad_norm)"', source)
+    )
+    written |= {"reward", "gap", "gate", "loss", "kl", "clipped", "seconds", "share", "eval"}
+    table = README.split("| in `metrics.jsonl` |")[1].split("\n\n")[0]
+    assert [name for name in written if not re.search(rf"`{name}[`/]", table)] == []
