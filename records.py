@@ -20,6 +20,7 @@ metrics.jsonl has a line a step. Means are over the step's groups, null where th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 import rewards
 import sd35
-from cli import Fault, make_folder, replace_file
+from cli import Fault, first_line, make_folder, read_json, replace_file
 
 matplotlib.use("agg")
 # What a run may be resumed with another value of, because it does not change the steps.
@@ -53,18 +54,36 @@ NOT_OF_THE_STEPS = (
 
 
 def claim_folder(args: Any) -> Path:
-    """--output_dir, made if need be. Raises Fault if another run is in it."""
+    """--output_dir, made if need be, and no other run's until this process ends.
+
+    Until its first checkpoint, a folder holds no run. Raises Fault if it holds another run, or what
+    is no run's, or if a run is at work in it.
+    """
     out = make_folder(args.output_dir)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the one that writes there
+        return out
+    lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)  # held for as long as the process lives
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise Fault(
+            f"argument --output_dir: a run is at work in {out}; give another folder"
+        ) from None
     kept = out / "arguments.json"
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes there
-    if not first or not kept.exists():
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if others and not kept.exists():
+        raise Fault(
+            f"argument --output_dir: {out} holds {others[0]}, and no run; give a new folder, or an "
+            "empty one"
+        )
+    if not checkpoints(out):
         return out
     if not args.resume_from_checkpoint:
         raise Fault(
             f"argument --output_dir: {out} holds a run; continue it with "
             "--resume_from_checkpoint latest, or give another folder"
         )
-    before = json.loads(kept.read_text())
+    before = read_json(kept)
     may_differ = {*NOT_OF_THE_STEPS} - (
         {"max_train_steps"} if args.lr_scheduler == "cosine" else {*()}
     )
@@ -81,6 +100,8 @@ def begin(out: Path, args: Any) -> None:
     """Writes arguments.json, and removes what a run that was killed has left half written."""
     for half_written in out.glob(".checkpoint-*"):
         shutil.rmtree(half_written)
+    if not checkpoints(out):
+        (out / "metrics.jsonl").unlink(missing_ok=True)
     text = json.dumps(vars(args), indent=1)
     replace_file(out / "arguments.json", lambda new: new.write_text(text))
 
@@ -95,9 +116,10 @@ def save_checkpoint(out: Path, model: sd35.Model, state: dict[str, Any], limit: 
     """checkpoint-<step>, complete or not there at all; the oldest beyond the limit go.
 
     state: besides what the model's is, what else has to be kept: tensors and numbers, and "step".
+    There is none of no step, nor of a theta that is not finite.
     """
     folder, metrics = out / f"checkpoint-{state['step']}", out / "metrics.jsonl"
-    if folder.exists():
+    if folder.exists() or not state["step"] or not is_finite(model.theta):
         return
     theta = [parameter.detach().cpu() for parameter in model.theta]
     state = {**state, "parameters": theta, "old": model.old, "ema": model.average}
@@ -165,6 +187,10 @@ def resume(out: Path, asked: str, model: sd35.Model, optimizer: Optimizer) -> tu
     return state["step"], state["bad_steps"]
 
 
+def is_finite(tensors: list[Tensor]) -> bool:
+    return all(tensor.isfinite().all() for tensor in tensors)
+
+
 @torch.no_grad()
 def assign(tensors: list[Tensor], values: list[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
@@ -221,6 +247,15 @@ def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | No
         values = [row[i] for row in rows if row[-1] or name == "kl"]
         means[name] = sum(values) / len(values) if values else None
     return means
+
+
+def add_line(path: Path, metrics: dict[str, Any]) -> None:
+    """Writes a step's metrics. Raises Fault, for instance on a full disk."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        raise Fault(f"cannot write {path} ({first_line(error)}); make room, and resume") from None
 
 
 def plot_curves(metrics: Path, path: Path) -> None:

@@ -16,7 +16,6 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -322,10 +321,9 @@ def parse_args(argv: list[str] | None = None, arguments: type = Arguments) -> An
             f"argument --train_timesteps: only {above} of the rollout's {args.num_inference_steps} "
             f"times are at least --t_min {args.t_min}, got {args.train_timesteps}"
         )
-    m = args.train_samples or 2
-    if m % 2 or m > args.group_size:
-        most = f"be even and at most --group_size {args.group_size}"
-        raise Fault(f"argument --train_samples: must {most}, got {m}")
+    m, G = args.train_samples or 2, args.group_size
+    if m % 2 or m > G:
+        raise Fault(f"argument --train_samples: must be even, at most --group_size {G}, got {m}")
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
         raise Fault(f"argument --report_to: needs `pip install {args.report_to}`")
     for flag, check in {
@@ -603,10 +601,15 @@ class Trainer:
         return flat[0].item() > 0
 
     def update(self, trained: bool) -> float | None:
-        """Line 14. Returns the gradient's norm; or None, without a step, if it is not finite."""
+        """Line 14. Returns the gradient's norm; or None, without a step, if it is not finite.
+
+        Raises Fault if theta is not finite then, which no checkpoint is made of.
+        """
         norm = nn.utils.clip_grad_norm_(self.model.theta, self.args.max_grad_norm).item()
         if trained and math.isfinite(norm):
             self.optimizer.step()
+            if not records.is_finite(self.model.theta):
+                raise Fault("theta is no longer finite; begin anew with a lower --learning_rate")
         return norm if math.isfinite(norm) else None
 
     def follow(self, step: int) -> None:
@@ -797,8 +800,7 @@ def train(args: Arguments) -> None:
                     metrics.update(trainer.validate(validation, base, watched))
             finally:  # the step is done, also if its pictures are not
                 if main:
-                    with metrics_file.open("a") as file:
-                        file.write(json.dumps(metrics) + "\n")
+                    records.add_line(metrics_file, metrics)
             if show:
                 records.plot_curves(metrics_file, out / "curves.png")
             gate = "-" if metrics["gate"] is None else f"{metrics['gate']:.3f}"
@@ -806,10 +808,7 @@ def train(args: Arguments) -> None:
             if args.report_to:
                 accelerator.log({k: v for k, v in metrics.items() if v is not None}, trainer.done)
             if trainer.bad_steps == 5:
-                raise Fault(
-                    "five steps in a row had a gradient that is not finite; lower "
-                    "--learning_rate, or look at the rewards"
-                )
+                raise Fault("five steps in a row had no finite gradient; lower --learning_rate")
             if trainer.done % args.checkpointing_steps == 0 or last:
                 trainer.save()
     except (Fault, Stopped) as end:

@@ -16,6 +16,7 @@ from concurrent import futures
 from pathlib import Path
 
 import numpy as np
+import own_rewards
 import pytest
 import shapes
 import torch
@@ -219,8 +220,8 @@ BAD = {
     "--resolution 500": "--resolution: must be a multiple of 16, got 500",
     "--t_min 1": "--t_min: must be at least 0 and below 1, got 1.0",
     "--t_min 0.9": "only 3 of the rollout's 10 times are at least --t_min 0.9, got 4",
-    "--train_samples 3": "--train_samples: must be even and at most --group_size 24, got 3",
-    "--group_size 4 --train_samples 6": "must be even and at most --group_size 4, got 6",
+    "--train_samples 3": "--train_samples: must be even, at most --group_size 24, got 3",
+    "--group_size 4 --train_samples 6": "must be even, at most --group_size 4, got 6",
     "--beta 0": "--beta: must be above 0, got 0.0",
     "--report_to paper": "invalid choice: 'paper'",
     "--report_to wandb": "--report_to: needs `pip install wandb`",
@@ -250,6 +251,7 @@ def test_bad_input_is_one_line(line, tmp_path):
     defaults = dataclasses.asdict(train_sd35.parse_args(["--output_dir", str(tmp_path / "x")]))
     kept = {**defaults, "output_dir": str(tmp_path / "other"), "group_size": 3}
     (tmp_path / "other" / "arguments.json").write_text(json.dumps(kept))
+    (tmp_path / "other" / "checkpoint-1").mkdir()
     if "--output_dir" not in args:
         args += ["--output_dir", str(tmp_path / "run")]
     with pytest.raises(train_sd35.Fault) as fault:
@@ -483,7 +485,7 @@ def test_a_run_leaves_what_a_person_wants_to_see(plain):
     assert {f"eval/{name}", f"eval_base/{name}"} <= lines[-1].keys()
     for file in ("curves.png", "validation/step-000003.png", "README.md", "arguments.json"):
         assert (plain / file).stat().st_size > 100
-    assert not list(plain.glob(".*"))  # nothing half-written is left
+    assert [path.name for path in plain.glob(".*")] == [".lock"]  # nothing half-written is left
     card = (plain / "README.md").read_text()
     assert "guidance 4.5 (1 is none) at 16 x 16 pixels, and was watched at 14 steps" in card
     code = card.split("```python\n")[1].split("```")[0]
@@ -853,7 +855,6 @@ def test_a_signal_is_obeyed_while_a_reward_works(tiny, tmp_path):
     _, errors = launched.communicate(timeout=60)
     assert launched.returncode == 130, errors
     assert errors.splitlines()[-1].startswith("train_sd35.py: stopped, and saved")
-    assert (tmp_path / "run" / "checkpoint-0" / "complete.json").exists()
 
 
 # Rewards that fail
@@ -883,10 +884,19 @@ def test_a_group_with_a_nan_takes_no_part(tiny, tmp_path, capsys):
         ("too_few", r"must return 4 scores, got \(3,\), of prompt '\w+ "),
     ],
 )
-def test_a_reward_that_fails_ends_the_run_which_is_saved(function, message, tiny, tmp_path):
+def test_a_reward_that_fails_ends_the_run_which_is_saved(
+    function, message, tiny, tmp_path, monkeypatch
+):
+    score, failing, scored = train_sd35.rewards.score, getattr(own_rewards, function), []
+
+    def fails_in_the_second_step(name, reward, images, prompts):
+        scored.append(name)
+        return score(name, reward if len(scored) <= 3 else failing, images, prompts)
+
+    monkeypatch.setattr(train_sd35.rewards, "score", fails_in_the_second_step)
     with pytest.raises(train_sd35.Fault, match=message):
-        run(tiny, tmp_path / "run", reward=f"{REWARD}:{function}")
-    assert (tmp_path / "run" / "checkpoint-0" / "complete.json").exists()
+        run(tiny, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-1" / "complete.json").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp_path, monkeypatch):
@@ -909,6 +919,21 @@ def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp
     state = records.load_checkpoint(tmp_path / "run" / "checkpoint-5")[0]
     assert all(torch.equal(*pair) for pair in zip(state["parameters"], state["ema"], strict=True))
     assert state["bad_steps"] == 5 and not state["optimizer"]["state"]
+
+
+def test_a_theta_that_is_not_finite_ends_the_run_and_is_not_saved(tiny, tmp_path):
+    """The gradient of the second step is finite, its learning rate is not."""
+    args = train_sd35.parse_args(flags(tiny, tmp_path / "run", checkpointing_steps=1))
+    original = train_sd35.learning_rate
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.Fault, match="no longer finite"):
+        patch.setattr(
+            train_sd35,
+            "learning_rate",
+            lambda args, step: math.inf if step else original(args, step),
+        )
+        train_sd35.train(args)
+    assert [path.name for path in records.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    assert all(parameter.isfinite().all() for parameter in load_state(tmp_path / "run", 1))
 
 
 # Interruptions
