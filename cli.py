@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -132,6 +133,19 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             new.unlink()
+
+
+def signal_check() -> Callable[[], None]:
+    """Remembers SIGINT and SIGTERM. Returns what raises Stopped once one has come."""
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *about: received.append(about))
+
+    def check() -> None:
+        if received:
+            raise Stopped
+
+    return check
 
 
 def run(script: str, main: Callable[[], None]) -> None:

@@ -1,7 +1,26 @@
-"""What a run of train_sd35.py leaves in its folder: checkpoints, curves, pictures, model card."""
+"""What a run of train_sd35.py leaves in its folder: metrics, checkpoints, pictures, model card.
+
+metrics.jsonl has a line a step. Means are over the step's groups, null where there is none.
+
+    reward, reward_std    mean, and std in a group, of the weighted sum of the rewards
+    reward/NAME           and reward_std/NAME: of one reward alone
+    equal_groups          share of groups whose advantages are all zero: only the KL trains them
+    groups_not_finite     share of groups that are left out, as a score is NaN or infinite
+    loss, gap, gate       Eq. 17 at beta / G, the gap as a mean over the group, sigmoid(-beta gap)
+    clipped               share of the samples that the clip dropped
+    kl                    mean square of theta's velocity minus the reference's
+    grad_norm             before it is clipped; null if the step was left out as it is not finite
+    seconds               of the step, and images_per_second, drawn, scored and trained on
+    seconds/PHASE         rollout, decode, wait and train add up to the step. wait is for scores:
+                          the rewards work beside the rollout, for seconds/reward in all
+    share/PHASE           seconds/PHASE over seconds
+    eval/NAME             and eval_base/NAME: a reward of the validation pictures, now and at first
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -9,18 +28,21 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot
 import torch
+from accelerate.utils import gather_object
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import rewards
 import sd35
-from cli import Fault, make_folder, replace_file
+from cli import Fault, first_line, make_folder, read_json, replace_file
 
 matplotlib.use("agg")
 # What a run may be resumed with another value of, because it does not change the steps.
@@ -32,18 +54,36 @@ NOT_OF_THE_STEPS = (
 
 
 def claim_folder(args: Any) -> Path:
-    """--output_dir, made if need be. Raises Fault if another run is in it."""
+    """--output_dir, made if need be, and no other run's until this process ends.
+
+    Until its first checkpoint, a folder holds no run. Raises Fault if it holds another run, or what
+    is no run's, or if a run is at work in it.
+    """
     out = make_folder(args.output_dir)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the one that writes there
+        return out
+    lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)  # held for as long as the process lives
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise Fault(
+            f"argument --output_dir: a run is at work in {out}; give another folder"
+        ) from None
     kept = out / "arguments.json"
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes there
-    if not first or not kept.exists():
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if others and not kept.exists():
+        raise Fault(
+            f"argument --output_dir: {out} holds {others[0]}, and no run; give a new folder, or an "
+            "empty one"
+        )
+    if not checkpoints(out):
         return out
     if not args.resume_from_checkpoint:
         raise Fault(
             f"argument --output_dir: {out} holds a run; continue it with "
             "--resume_from_checkpoint latest, or give another folder"
         )
-    before = json.loads(kept.read_text())
+    before = read_json(kept)
     may_differ = {*NOT_OF_THE_STEPS} - (
         {"max_train_steps"} if args.lr_scheduler == "cosine" else {*()}
     )
@@ -60,6 +100,8 @@ def begin(out: Path, args: Any) -> None:
     """Writes arguments.json, and removes what a run that was killed has left half written."""
     for half_written in out.glob(".checkpoint-*"):
         shutil.rmtree(half_written)
+    if not checkpoints(out):
+        (out / "metrics.jsonl").unlink(missing_ok=True)
     text = json.dumps(vars(args), indent=1)
     replace_file(out / "arguments.json", lambda new: new.write_text(text))
 
@@ -74,9 +116,10 @@ def save_checkpoint(out: Path, model: sd35.Model, state: dict[str, Any], limit: 
     """checkpoint-<step>, complete or not there at all; the oldest beyond the limit go.
 
     state: besides what the model's is, what else has to be kept: tensors and numbers, and "step".
+    There is none of no step, nor of a theta that is not finite.
     """
     folder, metrics = out / f"checkpoint-{state['step']}", out / "metrics.jsonl"
-    if folder.exists():
+    if folder.exists() or not state["step"] or not is_finite(model.theta):
         return
     theta = [parameter.detach().cpu() for parameter in model.theta]
     state = {**state, "parameters": theta, "old": model.old, "ema": model.average}
@@ -121,10 +164,98 @@ def newest_checkpoint(out: Path, asked: str) -> tuple[dict[str, Any] | None, int
 
 def restore(model: sd35.Model, state: dict[str, Any]) -> None:
     """Gives theta, theta_old and the saved average what a checkpoint holds."""
-    kept = {"parameters": model.theta, "old": model.old, "ema": model.average}
-    for name, tensors in kept.items():
-        for target, value in zip(tensors, state[name], strict=True):
-            target.data.copy_(value)
+    for name, tensors in {
+        "parameters": model.theta,
+        "old": model.old,
+        "ema": model.average,
+    }.items():
+        assign(tensors, state[name])
+
+
+def resume(out: Path, asked: str, model: sd35.Model, optimizer: Optimizer) -> tuple[int, int]:
+    """Puts a run in `out`, and its metrics.jsonl, where a checkpoint was.
+
+    Returns the steps done, and the bad ones among the last. Raises Fault if it is damaged.
+    """
+    (state, size), metrics = newest_checkpoint(out, asked), out / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > size:
+        os.truncate(metrics, size)  # what came after is about to be done again
+    if state is None:
+        return 0, 0
+    restore(model, state)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["bad_steps"]
+
+
+def is_finite(tensors: list[Tensor]) -> bool:
+    return all(tensor.isfinite().all() for tensor in tensors)
+
+
+@torch.no_grad()
+def assign(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.data.copy_(value)
+
+
+class Clock:
+    """Seconds in each phase of a step, which begins with it. Phases may be in different threads."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.seconds, self.start = device.type == "cuda", {}, time.perf_counter()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self, images: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        found = {"seconds": seconds, "images_per_second": images / seconds}
+        for phase, value in self.seconds.items():
+            found |= {f"seconds/{phase}": value, f"share/{phase}": value / seconds}
+        memory = {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
+        return found | memory
+
+
+def reward_metrics(scores: dict, advantages: Tensor, finite: Tensor) -> dict[str, float]:
+    """Means over the groups whose scores are finite (P,), and the shares of the others."""
+
+    def about(name: str, values: Tensor) -> dict[str, float]:
+        values = values[finite]
+        spread = values.std(1, correction=0).mean().item()
+        return {f"reward{name}": values.mean().item(), f"reward_std{name}": spread}
+
+    found = about("", sum(weight * values for weight, values in scores.values()))
+    for name, (_, values) in scores.items():
+        found |= about(f"/{name}", values)
+    left_out = {"equal_groups": finite & (advantages == 0).all(1), "groups_not_finite": ~finite}
+    return found | {name: which.float().mean().item() for name, which in left_out.items()}
+
+
+def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """The KL of all groups that were trained on, the others of those with a preference; or None."""
+    names = ("loss", "gap", "gate", "clipped", "kl")
+    found = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
+    rows = gather_object(found)
+    means: dict[str, float | None] = {}
+    for i, name in enumerate(names):
+        values = [row[i] for row in rows if row[-1] or name == "kl"]
+        means[name] = sum(values) / len(values) if values else None
+    return means
+
+
+def add_line(path: Path, metrics: dict[str, Any]) -> None:
+    """Writes a step's metrics. Raises Fault, for instance on a full disk."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        raise Fault(f"cannot write {path} ({first_line(error)}); make room, and resume") from None
 
 
 def plot_curves(metrics: Path, path: Path) -> None:

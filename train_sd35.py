@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib.util
-import json
 import math
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class Arguments:
         pickscore=24,
         at_least=2,
     )
-    max_train_steps: int = option(1000, "How many steps to train for.", at_least=1)
+    max_train_steps: int = option(1000, "Steps, with a rollout each, to train for.", at_least=1)
     micro_batch_size: MicroBatch = option(
         4, "Most images in one pass of a network, or auto. It bounds the memory and nothing else."
     )
@@ -188,6 +188,28 @@ class Arguments:
     )
     old_after: int = released(  # switch_ema_ref
         200, "Steps after which theta_old draws the rollouts.", geneval=500, at_least=0
+    )
+
+    train_samples: int | None = option(
+        None,
+        "m: train on the m/2 worst and the m/2 best images of each group, and save the time for "
+        "the others. Not in the paper.",
+        shown="all of the group",
+        at_least=2,
+    )
+    bound: float = option(
+        0.0,
+        "Weight that keeps theta's velocity on bad samples near theta_old's; 2 mirrors their "
+        "target at theta_old, so that they are not un-denoised without end; 0 is none. It needs a "
+        "theta_old that lags: --old_ema_decay, --updates_per_rollout. Not in the paper.",
+        at_least=0,
+    )
+    updates_per_rollout: int = option(
+        1,
+        "U: updates by the optimiser from each rollout, with fresh times and noise. A rollout and "
+        "its U updates are one step in metrics.jsonl and for all that counts steps; theta_old and "
+        "the saved average follow after the last of them. Not in the paper.",
+        at_least=1,
     )
 
     rank: int = option(64, "Rank of the LoRA.", at_least=1)
@@ -280,6 +302,7 @@ import prompts as prompt_sets
 import records
 import rewards
 import sd35
+from records import Clock
 
 NOISE, TIMES, TRAINING_NOISE, ORDER, VALIDATION = range(5)  # what a seed is for
 
@@ -298,6 +321,9 @@ def parse_args(argv: list[str] | None = None, arguments: type = Arguments) -> An
             f"argument --train_timesteps: only {above} of the rollout's {args.num_inference_steps} "
             f"times are at least --t_min {args.t_min}, got {args.train_timesteps}"
         )
+    m, G = args.train_samples or 2, args.group_size
+    if m % 2 or m > G:
+        raise Fault(f"argument --train_samples: must be even, at most --group_size {G}, got {m}")
     if args.report_to and importlib.util.find_spec(args.report_to) is None:
         raise Fault(f"argument --report_to: needs `pip install {args.report_to}`")
     for flag, check in {
@@ -329,30 +355,6 @@ def seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> 1))
 
 
-class Clock:
-    """Seconds in each phase of a step."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.seconds = device.type == "cuda", {}
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def metrics(self, seconds: float, images: int) -> dict[str, float]:
-        found = {"seconds": seconds, "images_per_second": images / seconds}
-        for phase, value in self.seconds.items():
-            found |= {f"seconds/{phase}": value, f"share/{phase}": value / seconds}
-        memory = {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
-        return found | memory
-
-
 def prompts_of_step(prompts: list[dict], args: Arguments, step: int) -> list[dict]:
     """Line 3: P prompts. The set is gone through in an order of its own in every epoch."""
     chosen = []
@@ -363,8 +365,11 @@ def prompts_of_step(prompts: list[dict], args: Arguments, step: int) -> list[dic
     return chosen
 
 
-def group_advantages(args: Arguments, scores: dict[str, tuple[float, Tensor]]) -> Tensor:
-    """Line 7: advantages (P, G) of one or several rewards, each with its weight and (P, G) scores.
+Scores = dict[str, tuple[float, Tensor]]  # by the reward's name: its weight, and (P, G)
+
+
+def group_advantages(args: Arguments, scores: Scores, samples: Tensor | None = None) -> Tensor:
+    """Line 7: advantages (P, G) of one or several rewards; or (P, m), among these samples (P, m).
 
     Several rewards are summed, and the sum standardised; or each is standardised by itself, and
     A = sum_k w_k A_k. Each A_k sums to zero over a group, and so does A: log Z(c) cancels as it
@@ -376,11 +381,23 @@ def group_advantages(args: Arguments, scores: dict[str, tuple[float, Tensor]]) -
     if not finite.any():
         raise Fault("no group has finite rewards; the run is saved, mend the reward")
     terms = [(1.0, summed)] if args.combine == "rewards" else scores.values()
-    advantages = torch.zeros_like(summed)
+    if samples is None:
+        samples = torch.arange(summed.shape[1]).expand_as(summed)
+    advantages = torch.zeros(samples.shape)
     for weight, values in terms:
-        found = dgpo.group_advantages(values[finite], args.std, eps=1e-4, clamp=5.0)
+        values = values.gather(1, samples)[finite]
+        found = dgpo.group_advantages(values, args.std, eps=1e-4, clamp=5.0)
         advantages[finite] += weight * found
     return advantages
+
+
+def trained_samples(args: Arguments, scores: Scores) -> Tensor:
+    """The samples (P, m) of each group that are trained on, in their order: all, or the extremes.
+
+    The latter are those of the advantages in the whole group, however these are combined.
+    """
+    m = args.train_samples or args.group_size
+    return dgpo.extremes(group_advantages(args, scores), m).sort(1).values
 
 
 def learning_rate(args: Arguments, step: int) -> float:
@@ -420,22 +437,26 @@ class Trainer:
         chosen: the step's prompts, line 3. Raises Fault if a reward fails or no group has rewards
         that are finite, and Stopped on every process if one has got a signal.
         """
-        clock, start = Clock(self.device), time.perf_counter()
-        self.optimizer.zero_grad()
+        clock = Clock(self.device)
         latents, scores = self.draw_and_score(chosen, step, clock)  # lines 4 to 6
         with clock("train"):
-            advantages = group_advantages(self.args, scores)  # line 7
+            samples = trained_samples(self.args, scores)
+            advantages = group_advantages(self.args, scores, samples)  # line 7
             finite = torch.stack([values for _, values in scores.values()]).isfinite().all(2).all(0)
             # Without a preference, what is left of the loss is the KL.
             trained = finite & ((advantages != 0).any(1) | (self.args.kl > 0))
-            groups = self.backward(chosen, latents, advantages, trained, step)  # lines 8 to 13
-            grad_norm = self.update(trained)  # line 14
+            work = [
+                (p, chosen[p]["prompt"], x0[samples[p]], advantages[p])
+                for p, x0 in latents.items()
+                if trained[p]
+            ]
+            groups, grad_norm = self.learn(step, work, bool(trained.any()))
         return {
             "step": step + 1,
-            **reward_metrics(scores, advantages, finite),
-            **mean_over_processes(groups),
+            **records.reward_metrics(scores, advantages, finite),
+            **records.mean_over_processes(groups),
             "grad_norm": grad_norm,
-            **clock.metrics(time.perf_counter() - start, advantages.numel()),
+            **clock.metrics(len(chosen) * self.args.group_size),
         }
 
     def rollout(self, step: int, p: int, text: str) -> Tensor:
@@ -448,23 +469,29 @@ class Trainer:
 
     def draw_and_score(
         self, chosen: list[dict], step: int, clock: Clock
-    ) -> tuple[dict[int, Tensor], dict[str, tuple[float, Tensor]]]:
+    ) -> tuple[dict[int, Tensor], Scores]:
         """Lines 4 to 6: the latents of this process's groups, and all groups' scores.
 
-        The scores are by the reward's name: its weight, and (P, G).
+        While a group is scored, the next is drawn. It then waits for the former's scores, so that
+        no images pile up.
         """
-        mine, rows, latents = self.own(range(len(chosen))), [], {}
+        latents, scoring, worker = {}, {}, futures.ThreadPoolExecutor(1, "reward")
         try:
-            with clock("rollout"):
-                for p in mine:
+            for p in self.own(range(len(chosen))):
+                with clock("rollout"):
                     latents[p] = self.rollout(step, p, chosen[p]["prompt"])
-            for p in mine:
                 with clock("decode"):
                     images = self.model.decode(latents[p])
-                with clock("reward"):
-                    rows.append((p, self.score(images, chosen[p])))
+                with clock("wait"):
+                    self.wait(scoring.values())
+                scoring[p] = worker.submit(self.score, images, chosen[p], clock)
+            with clock("wait"):
+                self.wait(scoring.values())
+            rows = [(p, scores.result()) for p, scores in scoring.items()]
         except Stopped:  # a process that waits for this one must hear of it
             rows = [(-1, None)]
+        finally:
+            worker.shutdown(wait=False)
         rows = [scores for _, scores in sorted(gather_object(rows), key=lambda row: row[0])]
         if None in rows:
             raise Stopped
@@ -481,45 +508,61 @@ class Trainer:
                 tqdm.write(f"step {step}: {about}; such groups take no part")
         return latents, found
 
-    def score(self, images: Tensor, prompt: dict) -> dict[str, list[float]] | str:
+    def score(self, images: Tensor, prompt: dict, clock: Clock) -> dict[str, list[float]] | str:
         """Each reward's scores of a group, or what went wrong, which all processes must hear."""
         try:
-            return {
-                name: rewards.score(name, reward, images, [prompt] * len(images)).tolist()
-                for name, (_, reward) in self.scorers.items()
-            }
+            with torch.cuda.device_of(images), clock("reward"):  # a thread begins on the first GPU
+                return {
+                    name: rewards.score(name, reward, images, [prompt] * len(images)).tolist()
+                    for name, (_, reward) in self.scorers.items()
+                }
         except rewards.RewardError as error:
             return str(error)
 
-    def backward(
-        self, chosen: list[dict], latents: dict, advantages: Tensor, trained: Tensor, step: int
-    ) -> list[dict[str, Tensor]]:
-        """Lines 8 to 13: the step's gradient, on every process. Returns this one's metrics."""
-        groups, stopped = [], False
-        try:
-            for p, x0 in latents.items():
-                if trained[p]:
-                    text = chosen[p]["prompt"]
-                    groups.append(self.backward_group(step, p, text, x0, advantages[p]))
-        except Stopped:
-            stopped = True
-        if self.reduce_gradients(stopped):
-            raise Stopped
-        return groups
+    def wait(self, scoring: Iterable[futures.Future]) -> None:
+        """Until these are done. Raises Stopped on a signal, although a reward may still work."""
+        while futures.wait(scoring, timeout=0.1).not_done:
+            self.model.between_passes()
+
+    def learn(self, step: int, work: list[tuple], anywhere: bool) -> tuple[list, float | None]:
+        """Lines 8 to 14, U times, for this process's groups: (p, text, latents, advantages) each.
+
+        anywhere: whether any process has one. Returns what backward_group does for each, and the
+        mean of the gradients' norms, or None if one was not finite. A signal between two updates
+        undoes the first, as a checkpoint is one of whole steps.
+        """
+        theta, groups, norms, U = self.model.theta, [], [], self.args.updates_per_rollout
+        before = copy.deepcopy([theta, self.optimizer.state_dict()]) if U > 1 else None
+        for update in range(U):
+            self.optimizer.zero_grad()
+            stopped = False
+            try:
+                for group in work:
+                    groups.append(self.backward_group(step, *group, update))  # lines 8 to 13
+            except Stopped:
+                stopped = True
+            if self.reduce_gradients(stopped):
+                if before:
+                    records.assign(theta, before[0])
+                    self.optimizer.load_state_dict(before[1])
+                raise Stopped
+            norms.append(self.update(anywhere))  # line 14
+        return groups, None if None in norms else sum(norms) / U
 
     def backward_group(
-        self, step: int, p: int, text: str, x0: Tensor, advantages: Tensor
+        self, step: int, p: int, text: str, x0: Tensor, advantages: Tensor, update: int = 0
     ) -> dict[str, Tensor]:
-        """Lines 9 to 13 for one group at K times: adds its share of the step's gradient.
+        """Lines 9 to 13 for one group at K times: adds its share of the update's gradient.
 
-        x0: (G, C, h, w), advantages: (G,). The times are one draw for all groups of the step, and
+        x0: (m, C, h, w), advantages: (m,). The times are one draw for all groups of the update, and
         each has its own eps, shared by the group. As many of them go into a pass as have room.
         Returns metrics (K,), and whether there is a preference.
         """
         args, model, K = self.args, self.model, self.args.train_timesteps
-        order = torch.randperm(len(self.times), generator=seeded(args.seed, TIMES, step))
+        later = (update,) if update else ()  # the first has the seeds of the only one
+        order = torch.randperm(len(self.times), generator=seeded(args.seed, TIMES, step, *later))
         t = self.times[order[:K], None].to(self.device)  # (K, 1)
-        eps = torch.stack([self.noise(TRAINING_NOISE, step, p, k) for k in range(K)])
+        eps = torch.stack([self.noise(TRAINING_NOISE, step, p, k, *later) for k in range(K)])
         eps, x0, advantages = (x.to(self.device) for x in (eps[:, None], x0.float(), advantages))
         reference = model.velocity(text, args.reference_guidance_scale, who=model.reference)
         old = model.velocity(text, who=model.theta_old)
@@ -537,7 +580,8 @@ class Trainer:
                 kl=args.kl,
                 velocity_kl=reference,
                 clip=args.clip or None,
-                velocity_old=old if args.clip else None,
+                bound=args.bound,
+                velocity_old=old if args.clip or args.bound else None,
                 micro_batch=model.images_a_pass,
             )
             found.append({k: v.expand(len(rows)) for k, v in metrics.items()})
@@ -556,11 +600,16 @@ class Trainer:
             parameter.grad = grad.view_as(parameter)
         return flat[0].item() > 0
 
-    def update(self, trained: Tensor) -> float | None:
-        """Line 14. Returns the gradient's norm; or None, without a step, if it is not finite."""
+    def update(self, trained: bool) -> float | None:
+        """Line 14. Returns the gradient's norm; or None, without a step, if it is not finite.
+
+        Raises Fault if theta is not finite then, which no checkpoint is made of.
+        """
         norm = nn.utils.clip_grad_norm_(self.model.theta, self.args.max_grad_norm).item()
-        if trained.any() and math.isfinite(norm):
+        if trained and math.isfinite(norm):
             self.optimizer.step()
+            if not records.is_finite(self.model.theta):
+                raise Fault("theta is no longer finite; begin anew with a lower --learning_rate")
         return norm if math.isfinite(norm) else None
 
     def follow(self, step: int) -> None:
@@ -612,47 +661,7 @@ class Trainer:
             raise Fault(str(error)) from None
 
 
-def reward_metrics(scores: dict, advantages: Tensor, finite: Tensor) -> dict[str, float]:
-    """Means over the groups whose scores are finite (P,), and the shares of the others."""
-
-    def about(name: str, values: Tensor) -> dict[str, float]:
-        values = values[finite]
-        spread = values.std(1, correction=0).mean().item()
-        return {f"reward{name}": values.mean().item(), f"reward_std{name}": spread}
-
-    found = about("", sum(weight * values for weight, values in scores.values()))
-    for name, (_, values) in scores.items():
-        found |= about(f"/{name}", values)
-    left_out = {"equal_groups": finite & (advantages == 0).all(1), "groups_not_finite": ~finite}
-    return found | {name: which.float().mean().item() for name, which in left_out.items()}
-
-
-def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """The KL of all groups that were trained on, the others of those with a preference; or None."""
-    names = ("loss", "gap", "gate", "clipped", "kl")
-    found = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
-    rows = gather_object(found)
-    means: dict[str, float | None] = {}
-    for i, name in enumerate(names):
-        values = [row[i] for row in rows if row[-1] or name == "kl"]
-        means[name] = sum(values) / len(values) if values else None
-    return means
-
-
 # The run
-
-
-def signal_check() -> Callable[[], None]:
-    """Remembers SIGINT and SIGTERM. Returns what raises Stopped once one has come."""
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *about: received.append(about))
-
-    def check() -> None:
-        if received:
-            raise Stopped
-
-    return check
 
 
 def launch(args: Arguments) -> Accelerator:
@@ -674,7 +683,7 @@ def build(args: Arguments, accelerator: Accelerator, pipe: StableDiffusion3Pipel
     pipe.vae.to(accelerator.device)
     lora = (args.rank, args.lora_alpha, args.seed, args.gradient_checkpointing)
     theta = sd35.add_lora(pipe.transformer, *lora)
-    passes = (args.resolution, args.micro_batch_size, accelerator.autocast, signal_check())
+    passes = (args.resolution, args.micro_batch_size, accelerator.autocast, cli.signal_check())
     optimizer = torch.optim.AdamW(theta, args.learning_rate, weight_decay=args.adam_weight_decay)
     model = sd35.Model(pipe, theta, *passes)
     return Trainer(args, accelerator, model, optimizer, trained_times(args))
@@ -736,19 +745,6 @@ def fit_micro_batch(trainer: Trainer) -> int:
             torch.cuda.empty_cache()  # which does nothing without a GPU
 
 
-def resume(trainer: Trainer, metrics: Path) -> None:
-    """Puts the trainer where a checkpoint was, and metrics.jsonl, too."""
-    accelerator, asked = trainer.accelerator, trainer.args.resume_from_checkpoint
-    with accelerator.main_process_first():  # which puts damaged ones aside
-        state, size = records.newest_checkpoint(metrics.parent, asked)
-    if state is not None:
-        records.restore(trainer.model, state)
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.done, trainer.bad_steps = state["step"], state["bad_steps"]
-    if accelerator.is_main_process and metrics.exists() and metrics.stat().st_size > size:
-        os.truncate(metrics, size)  # what came after is about to be done again
-
-
 def train(args: Arguments) -> None:
     """Algorithm 1, from the first step or a checkpoint to the last, and what it leaves on disk."""
     out = records.claim_folder(args)
@@ -762,7 +758,9 @@ def train(args: Arguments) -> None:
     trainer.scorers = load_scorers(args, accelerator.device, "reward")
     watched = load_scorers(args, accelerator.device, "eval_reward")
     if args.resume_from_checkpoint:
-        resume(trainer, metrics_file)
+        with accelerator.main_process_first():  # which puts damaged checkpoints aside
+            kept = (args.resume_from_checkpoint, model, trainer.optimizer)
+            trainer.done, trainer.bad_steps = records.resume(out, *kept)
     if main:
         records.begin(out, args)
     if args.report_to:
@@ -802,8 +800,7 @@ def train(args: Arguments) -> None:
                     metrics.update(trainer.validate(validation, base, watched))
             finally:  # the step is done, also if its pictures are not
                 if main:
-                    with metrics_file.open("a") as file:
-                        file.write(json.dumps(metrics) + "\n")
+                    records.add_line(metrics_file, metrics)
             if show:
                 records.plot_curves(metrics_file, out / "curves.png")
             gate = "-" if metrics["gate"] is None else f"{metrics['gate']:.3f}"
@@ -811,10 +808,7 @@ def train(args: Arguments) -> None:
             if args.report_to:
                 accelerator.log({k: v for k, v in metrics.items() if v is not None}, trainer.done)
             if trainer.bad_steps == 5:
-                raise Fault(
-                    "five steps in a row had a gradient that is not finite; lower "
-                    "--learning_rate, or look at the rewards"
-                )
+                raise Fault("five steps in a row had no finite gradient; lower --learning_rate")
             if trainer.done % args.checkpointing_steps == 0 or last:
                 trainer.save()
     except (Fault, Stopped) as end:
@@ -845,4 +839,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run("train_sd35.py", main)
+    try:
+        cli.run("train_sd35.py", main)
+    except SystemExit as end:
+        # Python's own end would crash in a thread that is inside torch, as a reward may still be.
+        if any(thread.name.startswith("reward") for thread in threading.enumerate()):
+            sys.stdout.flush()
+            os._exit(end.code)
+        raise

@@ -1,6 +1,9 @@
 """What a run leaves in its folder. The runs of test_train_sd35.py leave it and go on from it."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,6 +65,7 @@ def test_a_folder_is_one_runs_and_the_run_may_change_what_is_not_of_its_steps(tm
         micro_batch_size=4,
     )
     records.begin(records.claim_folder(args), args)
+    (out / "checkpoint-1").mkdir()
     with pytest.raises(Fault, match="holds a run; continue it with --resume_from_checkpoint"):
         records.claim_folder(args)
     args.resume_from_checkpoint, args.micro_batch_size = "latest", 1
@@ -72,6 +76,58 @@ def test_a_folder_is_one_runs_and_the_run_may_change_what_is_not_of_its_steps(tm
     args.lr_scheduler = "constant"
     with pytest.raises(Fault, match="argument --lr_scheduler: the run in .* has cosine"):
         records.claim_folder(args)
+
+
+def test_until_its_first_checkpoint_a_folder_holds_no_run(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, resolution=500)
+    records.begin(records.claim_folder(args), args)
+    records.add_line(tmp_path / "metrics.jsonl", {"step": 1})
+    args.resolution = 512
+    records.begin(records.claim_folder(args), args)
+    assert json.loads((tmp_path / "arguments.json").read_text())["resolution"] == 512
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_folder_with_files_of_another_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+    with pytest.raises(Fault, match="holds README.md, and no run; give a new folder"):
+        records.claim_folder(args)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    """The lock is a process's: another is refused until this one ends."""
+    program = (
+        "import sys, records, types\n"
+        "about = types.SimpleNamespace(output_dir=sys.argv[1], resume_from_checkpoint=None)\n"
+        "try: records.claim_folder(about)\n"
+        "except records.Fault as fault: sys.exit(str(fault))\n"
+        "print('claimed', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipe = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    about = {"cwd": Path(records.__file__).parent, "text": True, **pipe}
+    other = subprocess.Popen(command, **about)
+    assert other.stdout.readline() == "claimed\n"
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+    with pytest.raises(Fault, match="a run is at work in .*; give another folder"):
+        records.claim_folder(args)
+    other.communicate()
+    assert records.claim_folder(args) == tmp_path == records.claim_folder(args)
+
+
+def test_there_is_no_checkpoint_of_no_step_nor_of_nan(tiny_model, tmp_path):
+    save(tmp_path, tiny_model, 0)
+    tiny_model.theta[-1].data[0] = torch.nan
+    save(tmp_path, tiny_model, 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(Fault, match="cannot write .*metrics.jsonl .*; make room, and resume"):
+        records.add_line(tmp_path / "gone" / "metrics.jsonl", {"step": 1})
 
 
 def test_pictures_stand_side_by_side_with_their_prompts(tmp_path):

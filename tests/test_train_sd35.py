@@ -1,5 +1,6 @@
 """The trainer, on a tiny untrained pipeline of SD3.5's classes."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -9,10 +10,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
+import own_rewards
 import pytest
 import shapes
 import torch
@@ -83,6 +87,9 @@ def lora(out):
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+SAME = ("step", "reward", "gate", "gap", "kl", "clipped", "grad_norm")  # to the bit
 
 
 def difference(one, other):
@@ -213,6 +220,8 @@ BAD = {
     "--resolution 500": "--resolution: must be a multiple of 16, got 500",
     "--t_min 1": "--t_min: must be at least 0 and below 1, got 1.0",
     "--t_min 0.9": "only 3 of the rollout's 10 times are at least --t_min 0.9, got 4",
+    "--train_samples 3": "--train_samples: must be even, at most --group_size 24, got 3",
+    "--group_size 4 --train_samples 6": "must be even, at most --group_size 4, got 6",
     "--beta 0": "--beta: must be above 0, got 0.0",
     "--report_to paper": "invalid choice: 'paper'",
     "--report_to wandb": "--report_to: needs `pip install wandb`",
@@ -242,6 +251,7 @@ def test_bad_input_is_one_line(line, tmp_path):
     defaults = dataclasses.asdict(train_sd35.parse_args(["--output_dir", str(tmp_path / "x")]))
     kept = {**defaults, "output_dir": str(tmp_path / "other"), "group_size": 3}
     (tmp_path / "other" / "arguments.json").write_text(json.dumps(kept))
+    (tmp_path / "other" / "checkpoint-1").mkdir()
     if "--output_dir" not in args:
         args += ["--output_dir", str(tmp_path / "run")]
     with pytest.raises(train_sd35.Fault) as fault:
@@ -467,14 +477,15 @@ def test_a_run_leaves_what_a_person_wants_to_see(plain):
         assert 0 < line["reward"] < 1 and line["reward"] == line[f"reward/{name}"]
         assert line["reward_std"] > 0 and line["equal_groups"] == 0 and line["kl"] >= 0
         assert 0.4 < line["gate"] < 0.6 and 0 <= line["clipped"] <= 1 and line["grad_norm"] > 0
-        parts = [line[f"seconds/{phase}"] for phase in ("rollout", "decode", "reward", "train")]
+        parts = [line[f"seconds/{phase}"] for phase in ("rollout", "decode", "wait", "train")]
+        assert line["seconds/reward"] > 0
         assert 0.5 * line["seconds"] < sum(parts) <= line["seconds"]
         assert line["images_per_second"] == pytest.approx(12 / line["seconds"])
     assert lines[0]["gate"] == 0.5 and lines[0]["kl"] == 0  # theta is still the reference
     assert {f"eval/{name}", f"eval_base/{name}"} <= lines[-1].keys()
     for file in ("curves.png", "validation/step-000003.png", "README.md", "arguments.json"):
         assert (plain / file).stat().st_size > 100
-    assert not list(plain.glob(".*"))  # nothing half-written is left
+    assert [path.name for path in plain.glob(".*")] == [".lock"]  # nothing half-written is left
     card = (plain / "README.md").read_text()
     assert "guidance 4.5 (1 is none) at 16 x 16 pixels, and was watched at 14 steps" in card
     code = card.split("```python\n")[1].split("```")[0]
@@ -580,6 +591,7 @@ VARIANTS = {
     "no clip, no KL": {"clip": 0, "kl": 0},
     "std of the group": {"std": "group"},
     "gradient checkpointing": {"gradient_checkpointing": True},
+    "beyond the paper": {"train_samples": 2, "bound": 2, "updates_per_rollout": 2},
 }
 
 
@@ -618,6 +630,233 @@ def test_an_exact_reward_rises(seed, tiny, tmp_path):
     assert np.mean(found[-4:]) > np.mean(found[:4]) + 3 * np.std(found[:4])
 
 
+# Beyond the paper
+
+
+def test_training_on_as_many_samples_as_a_group_has_is_the_default(plain, tiny, tmp_path):
+    run(tiny, tmp_path / "run", train_samples=4, updates_per_rollout=1)
+    assert bits(tmp_path / "run") == bits(plain)
+
+
+@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize("combine", ["rewards", "advantages"])
+def test_the_extremes_are_those_of_what_is_trained_on(combine, std):
+    """One has the extremes 0 and 5, the other 2 and 3, and a smaller unit that advantages undo."""
+    one = [[0.0, 1.0, 1.0, 1.0, 1.0, 2.0], [3.0, 3.0, math.nan, 3.0, 3.0, 3.0]]
+    other = [[0.0, 0.0, -0.3, 0.3, 0.0, 0.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]
+    line = f"--reward pickscore ocr --std {std} --combine {combine} --group_size 6"
+    args = train_sd35.parse_args([*line.split(), "--train_samples", "2"])
+    scores = {
+        "one": (1.0, torch.tensor(one, dtype=torch.float64)),
+        "other": (20.0, torch.tensor(other, dtype=torch.float64)),
+    }
+    assert train_sd35.trained_samples(args, scores)[0].tolist() == [2, 3]
+    scores["other"] = 2.0, scores["other"][1]
+    samples = train_sd35.trained_samples(args, scores)
+    assert samples[0].tolist() == ([0, 5] if combine == "rewards" else [2, 3])
+    found = train_sd35.group_advantages(args, scores, samples)
+    assert found.shape == (2, 2) and found[0, 0] < 0 < found[0, 1]
+    assert found.sum(1).abs().max() < 1e-6
+    assert (found[1] == 0).all()  # a sample of the group is NaN, though neither of these two
+
+
+def by_hand(trainer, x0, scores, m, update=0):
+    """The gradient of a step of one group, from the formulas alone."""
+    args, model, K = trainer.args, trainer.model, trainer.args.train_timesteps
+    order = scores.argsort().tolist()
+    kept = torch.tensor(order[: m // 2] + order[len(order) - m // 2 :])
+    x0, scores = x0[kept], scores[kept]
+    advantages = (scores - scores.mean()) / (scores.std(correction=0) + 1e-4)
+    seed = (args.seed, train_sd35.TIMES, 0, update)
+    order, total = torch.randperm(len(trainer.times), generator=train_sd35.seeded(*seed)), 0
+    for k in range(K):
+        key = (train_sd35.TRAINING_NOISE, 0, 0, k) + ((update,) if update else ())
+        t, eps = trainer.times[order[k]].expand(m), trainer.noise(*key)
+        x_t, goal = (1 - t[0]) * x0 + t[0] * eps, eps - x0
+        with torch.no_grad():
+            reference = model.velocity(bench.TEXT, who=model.reference)(x_t, t, t)
+            old = model.velocity(bench.TEXT, who=model.theta_old)(x_t, t, t)
+        v = model.velocity(bench.TEXT)(x_t, t, t)
+
+        def far(a, b):
+            return (a - b).square().mean((1, 2, 3))
+
+        gap = (advantages * (far(reference, goal) - far(v.detach(), goal))).mean()
+        weight = torch.sigmoid(-args.beta * gap) * advantages
+        total = total + (weight * far(v, goal) + args.kl * far(v, reference)).mean() / K
+        total = total + args.bound * (-weight.clamp(max=0) * far(v, old)).mean() / K
+    return torch.autograd.grad(total, model.theta)
+
+
+BEYOND = {"group_size": 6, "train_samples": 4, "bound": 2, "clip": 0, "kl": 0.1, "std": "group"}
+BEYOND |= {"prompts_per_step": 1, "micro_batch_size": 3}
+
+
+def step_of(tiny, out, monkeypatch, **changed):
+    """A trainer whose rollout is known, its latents and scores, and the gradients of its step."""
+    trainer, x0, scores = trained(tiny, out, **{**BEYOND, **changed})
+    trainer.scorers = {"known": (1.0, lambda images, prompts: scores)}
+    gradients, update = [], trainer.update
+    monkeypatch.setattr(trainer, "rollout", lambda *about: x0)
+
+    def watched(trained):
+        gradients.append([parameter.grad.clone() for parameter in trainer.model.theta])
+        return update(trained)
+
+    monkeypatch.setattr(trainer, "update", watched)
+    return trainer, x0, scores, gradients
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_a_step_on_extremes_is_that_of_the_formulas(bound, tiny, tmp_path, monkeypatch):
+    trainer, x0, scores, found = step_of(tiny, tmp_path, monkeypatch, bound=bound)
+    with torch.no_grad():
+        for old in trainer.model.old:  # far behind
+            old.mul_(0.5)
+    expected, of_all = (by_hand(trainer, x0, scores, m) for m in (4, 6))
+    trainer.args.bound = 2 - bound
+    bounded_otherwise = by_hand(trainer, x0, scores, 4)
+    trainer.args.bound = bound
+    metrics = trainer.take_step([{"prompt": bench.TEXT}], 0)
+    assert bench.distance(found[0], expected) < 1e-4
+    assert min(bench.distance(found[0], other) for other in (of_all, bounded_otherwise)) > 1e-2
+    assert metrics["images_per_second"] == pytest.approx(6 / metrics["seconds"])
+
+
+def test_each_update_from_a_rollout_has_its_own_times_and_noise(tiny, tmp_path, monkeypatch):
+    trainer, x0, scores, found = step_of(tiny, tmp_path, monkeypatch, updates_per_rollout=2)
+    theta, expected = [[p.detach().clone() for p in trainer.model.theta]], []
+    learn = trainer.update
+
+    def one_by_one(trained):
+        expected.append(by_hand(trainer, x0, scores, 4, update=len(expected)))
+        norm = learn(trained)
+        theta.append([p.detach().clone() for p in trainer.model.theta])
+        return norm
+
+    monkeypatch.setattr(trainer, "update", one_by_one)
+    metrics = trainer.take_step([{"prompt": bench.TEXT}], 0)
+    assert len(found) == 2 and metrics["step"] == 1
+    for gradient, formula in zip(found, expected, strict=True):
+        assert bench.distance(gradient, formula) < 1e-4
+    norms = [torch.cat([g.flatten() for g in gradient]).norm().item() for gradient in found]
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-5)
+    assert all(bench.distance(a, b) > 1e-4 for a, b in zip(theta, theta[1:], strict=False))
+
+
+def test_a_signal_between_two_updates_undoes_the_first(tiny, tmp_path, monkeypatch):
+    trainer, *_ = step_of(tiny, tmp_path, monkeypatch, updates_per_rollout=3)
+    chosen = [{"prompt": bench.TEXT}]
+    trainer.take_step(chosen, 0)
+    before = copy.deepcopy([trainer.model.theta, trainer.optimizer.state_dict()])
+    backward, asked = trainer.backward_group, []
+
+    def stopped(*about):
+        asked.append(about)
+        if len(asked) == 3:
+            raise cli.Stopped
+        return backward(*about)
+
+    monkeypatch.setattr(trainer, "backward_group", stopped)
+    with pytest.raises(cli.Stopped):
+        trainer.take_step(chosen, 1)
+    assert all(torch.equal(*pair) for pair in zip(trainer.model.theta, before[0], strict=True))
+    state = trainer.optimizer.state_dict()["state"]
+    for i, kept in before[1]["state"].items():
+        assert kept["step"] == 3 and all(torch.equal(state[i][name], kept[name]) for name in kept)
+
+
+def test_a_run_of_several_updates_goes_on_as_if_never_ended(tiny, tmp_path):
+    settings = {"train_samples": 2, "bound": 2, "updates_per_rollout": 2, "prompts_per_step": 2}
+    settings |= {"ema_steps": 1, "old_after": 0}
+    run(tiny, tmp_path / "whole", **settings)
+    run(tiny, tmp_path / "run", **settings, max_train_steps=2)
+    run(tiny, tmp_path / "run", **settings, resume_from_checkpoint="latest")
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+# Rewards beside the rollout
+
+
+class AtOnce(futures.Executor):
+    """An executor without a thread."""
+
+    def __init__(self, *about):
+        pass
+
+    def submit(self, work, *args):
+        future = futures.Future()
+        future.set_result(work(*args))
+        return future
+
+
+def test_scores_beside_the_rollout_take_the_same_steps_to_the_bit(
+    plain, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_sd35.futures, "ThreadPoolExecutor", AtOnce)
+    run(tiny, tmp_path / "run")
+    assert bits(tmp_path / "run") == bits(plain)
+    one, other = metrics(tmp_path / "run"), metrics(plain)
+    assert [[a[k] for k in SAME] for a in one] == [[b[k] for k in SAME] for b in other]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_group_is_scored_while_the_next_is_drawn(beside, tiny, tmp_path, monkeypatch):
+    """Both sleep 0.3 s a group, of which there are three: together 1.2 s, else 1.8 s."""
+    trainer, x0, _ = trained(tiny, tmp_path)
+    working, order = threading.Lock(), []
+
+    def sleepy(images, prompts):
+        assert working.acquire(blocking=False)  # one at a time
+        order.append((prompts[0]["i"], threading.current_thread() is threading.main_thread()))
+        time.sleep(0.3)
+        working.release()
+        return images.mean((1, 2, 3))
+
+    def rollout(step, p, text):
+        time.sleep(0.3)
+        return x0 + 0.1 * p
+
+    if not beside:
+        monkeypatch.setattr(train_sd35.futures, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(trainer, "rollout", rollout)
+    trainer.scorers = {"sleepy": (1.0, sleepy)}
+    clock = records.Clock(trainer.device)
+    chosen = [{"prompt": bench.TEXT, "i": i} for i in range(3)]
+    latents, scores = trainer.draw_and_score(chosen, 0, clock)
+    assert order == [(i, not beside) for i in range(3)] and list(latents) == [0, 1, 2]
+    expected = torch.stack([trainer.model.decode(latents[p]).mean((1, 2, 3)) for p in range(3)])
+    assert torch.equal(scores["sleepy"][1], expected) and expected.unique().numel() == 12
+    found = clock.metrics(12)
+    assert found["seconds/reward"] >= 0.9 and found["seconds/rollout"] >= 0.9
+    both = found["seconds/rollout"] + found["seconds/decode"] + found["seconds/reward"]
+    assert (found["seconds"] < both - 0.4) == beside
+    assert found["seconds/wait"] < (0.85 if beside else 0.3)
+
+
+def test_a_signal_is_obeyed_while_a_reward_works(tiny, tmp_path):
+    """A thread inside torch crashes Python's own end, which is not waited for."""
+    (tmp_path / "busy.py").write_text(
+        "import pathlib, torch\n"
+        "def forever(images, prompts):\n"
+        f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "    while True:\n"
+        "        images = images * 1.0\n"
+    )
+    line = flags(tiny, tmp_path / "run", reward=f"{tmp_path}/busy.py:forever")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train_sd35.py", *line]
+    pipe = {"stderr": subprocess.PIPE, "text": True}
+    launched = subprocess.Popen(command, cwd=ROOT, env=environment, **pipe)
+    while launched.poll() is None and not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    launched.send_signal(signal.SIGTERM)
+    _, errors = launched.communicate(timeout=60)
+    assert launched.returncode == 130, errors
+    assert errors.splitlines()[-1].startswith("train_sd35.py: stopped, and saved")
+
+
 # Rewards that fail
 
 
@@ -645,10 +884,19 @@ def test_a_group_with_a_nan_takes_no_part(tiny, tmp_path, capsys):
         ("too_few", r"must return 4 scores, got \(3,\), of prompt '\w+ "),
     ],
 )
-def test_a_reward_that_fails_ends_the_run_which_is_saved(function, message, tiny, tmp_path):
+def test_a_reward_that_fails_ends_the_run_which_is_saved(
+    function, message, tiny, tmp_path, monkeypatch
+):
+    score, failing, scored = train_sd35.rewards.score, getattr(own_rewards, function), []
+
+    def fails_in_the_second_step(name, reward, images, prompts):
+        scored.append(name)
+        return score(name, reward if len(scored) <= 3 else failing, images, prompts)
+
+    monkeypatch.setattr(train_sd35.rewards, "score", fails_in_the_second_step)
     with pytest.raises(train_sd35.Fault, match=message):
-        run(tiny, tmp_path / "run", reward=f"{REWARD}:{function}")
-    assert (tmp_path / "run" / "checkpoint-0" / "complete.json").exists()
+        run(tiny, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-1" / "complete.json").exists()
 
 
 def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp_path, monkeypatch):
@@ -671,6 +919,21 @@ def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp
     state = records.load_checkpoint(tmp_path / "run" / "checkpoint-5")[0]
     assert all(torch.equal(*pair) for pair in zip(state["parameters"], state["ema"], strict=True))
     assert state["bad_steps"] == 5 and not state["optimizer"]["state"]
+
+
+def test_a_theta_that_is_not_finite_ends_the_run_and_is_not_saved(tiny, tmp_path):
+    """The gradient of the second step is finite, its learning rate is not."""
+    args = train_sd35.parse_args(flags(tiny, tmp_path / "run", checkpointing_steps=1))
+    original = train_sd35.learning_rate
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.Fault, match="no longer finite"):
+        patch.setattr(
+            train_sd35,
+            "learning_rate",
+            lambda args, step: math.inf if step else original(args, step),
+        )
+        train_sd35.train(args)
+    assert [path.name for path in records.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    assert all(parameter.isfinite().all() for parameter in load_state(tmp_path / "run", 1))
 
 
 # Interruptions
@@ -727,9 +990,8 @@ def test_killed_ten_times_it_ends_as_if_never_killed(tiny, whole, tmp_path):
         break
     assert killed == 10
     assert bits(out) == bits(whole)
-    same = ("step", "reward", "gate", "gap", "kl", "clipped", "grad_norm")
     one, other = metrics(out), metrics(whole)
-    assert [[a[k] for k in same] for a in one] == [[b[k] for k in same] for b in other]
+    assert [[a[k] for k in SAME] for a in one] == [[b[k] for k in SAME] for b in other]
 
 
 def checkpoint_count(out):
