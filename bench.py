@@ -1,9 +1,9 @@
 """What a step takes: memory, FLOPs, seconds; and what would make it faster.
 
     python bench.py plan       the memory and FLOPs of SD3.5 Medium at the settings given, counted
-    python bench.py step       seconds of a step, against its bare network passes and the machine
+    python bench.py step       seconds of a step, against those of its bare network passes
     python bench.py plain      seconds and gradients of a step, against a plain one; and in bf16
-    python bench.py changes    what would make a step faster: predicted, and measured
+    python bench.py changes    what would make a step faster, and how far it moves the result
 
 Each takes train_sd35.py's arguments, and --repeats. Without --model, weights of SD3.5 Medium's
 geometry are random: for a GPU, and without any download. On a CPU, give --model toy/out/shapes
@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -34,124 +33,61 @@ import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 import rewards
 import sd35
 import train_sd35
-from cli import Fault, first_line, option
 from train_sd35 import Clock, Trainer
 
 TEXT = "a prompt"
 REWARD_GB = 3.9  # PickScore's weights in float32
+
 # The networks' geometry, where it is not their classes' default.
 MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 MEDIUM |= {"pos_embed_max_size": 384, "dual_attention_layers": range(13), "qk_norm": "rms_norm"}
 VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16}
-VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "scaling_factor": 1.5305}
-VAE |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "shift_factor": 0.0609, "sample_size": 1024}
-VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
+VAE |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "use_quant_conv": False}
+VAE |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "use_post_quant_conv": False}
+VAE |= {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_XXL |= {"feed_forward_proj": "gated-gelu"}
-EYE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-EYE |= {"num_attention_heads": 16, "patch_size": 14}  # PickScore's, a CLIP ViT-H/14
+PICKSCORE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+PICKSCORE |= {"num_attention_heads": 16, "patch_size": 14}  # of its images: a CLIP ViT-H/14
 
 
 @dataclass
 class Arguments(train_sd35.Arguments):
     """Count or measure what a step of the trainer takes, with the trainer's own arguments."""
 
-    repeats: int = option(5, "How often each piece of work is timed.", at_least=1)
+    repeats: int = cli.option(5, "Each piece of work is timed this many times.", at_least=1)
 
 
-def random_eye() -> nn.Module:
-    config = transformers.CLIPVisionConfig(**EYE)
-    return transformers.CLIPVisionModel(config).requires_grad_(False).eval()
+def random_pickscore() -> rewards.Reward:
+    """A reward that costs what PickScore's network of images does: weights are random."""
+    config = transformers.CLIPVisionConfig(**PICKSCORE)
+    network = transformers.CLIPVisionModel(config).requires_grad_(False).eval()
+    return lambda images, _: network(F.interpolate(images, (224, 224))).pooler_output.mean(1)
 
 
-def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """Transformer and VAE of SD3.5 Medium with random weights, without text encoders."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        parts = {"transformer": SD3Transformer2DModel(**MEDIUM).to(dtype)}
-        parts["vae"] = AutoencoderKL(**VAE)
-    for part in parts.values():
-        part.requires_grad_(False).eval()
-    pipe = StableDiffusion3Pipeline(**{**dict.fromkeys(sd35.PARTS), **parts})
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def load(args: Arguments, texts: list[str]) -> tuple[Trainer, bool]:
-    """A trainer with these prompts encoded, and whether its weights are random."""
-    accelerator = train_sd35.launch(args)
-    torch.manual_seed(args.seed)
-    name, dtype = args.pretrained_model_name_or_path, train_sd35.precision(args)
-    if random := name == train_sd35.MEDIUM:
-        pipe, shapes = random_pipeline(dtype), ((1, 77 + args.max_sequence_length, 4096), (1, 2048))
-        encoded = {text: sd35.Encoded(*map(torch.randn, shapes)) for text in texts}
-    else:
-        pipe = sd35.load_pipeline(name, dtype)
-        encoded = sd35.Encoder(pipe, args.max_sequence_length, accelerator.device)(texts, {})
-    trainer = train_sd35.build(args, accelerator, pipe)
-    trainer.model.encoded = encoded
-    if not trainer.model.images_a_pass:
-        print(f"--micro_batch_size auto: {train_sd35.fit_micro_batch(trainer)}")
-    return trainer, random
-
-
-def prepare(args: Arguments) -> tuple[Trainer, Tensor, Tensor]:
-    """A trainer with a LoRA that does something, latents x0 (G, C, h, w) and advantages (G,)."""
-    trainer, _ = load(args, ["", TEXT])
-    model = trainer.model
-    with torch.no_grad():
-        for parameter in model.theta:
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        for old, parameter in zip(model.old, model.theta, strict=True):
-            old.copy_(parameter + 0.002 * torch.randn_like(parameter))
-    x0 = torch.randn(args.group_size, *model.latent_shape)
-    advantages = torch.randn(args.group_size)
-    advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
-    return trainer, x0.to(trainer.device), advantages.to(trainer.device)
-
-
-def seconds(device: torch.device, work: Callable[[], object]) -> float:
-    clock = Clock(device)
-    with clock("work"):
+def tflop(work: Callable[[], object]) -> float:
+    """TFLOP of matrix products, convolutions and attention. On a CPU, torch leaves the last out."""
+    with FlopCounterMode(display=False) as counter:
         work()
-    return clock.seconds["work"]
-
-
-def gradients(trainer: Trainer, work: Callable[[], object]) -> list[Tensor]:
-    trainer.optimizer.zero_grad()
-    work()
-    return [parameter.grad.float().clone() for parameter in trainer.model.theta]
-
-
-def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """|a - b| / |b|, all tensors in one."""
-    a, b = (torch.cat([x.flatten() for x in parts]) for parts in (a, b))
-    return ((a - b).norm() / b.norm()).item()
-
-
-def ratio(pairs: list[tuple[float, float]]) -> str:
-    """Of a over b: the median and the ends."""
-    found = sorted(a / b for a, b in pairs)
-    return f"{found[len(found) // 2]:.2f} [{found[0]:.2f}, {found[-1]:.2f}]"
+    return counter.get_total_flops() / 1e12
 
 
 def as_on_a_gpu(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """Without a device, torch would choose the one that keeps all scores."""
+    """Attention without a device, where torch would choose one that keeps all scores."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
 def count_sizes(args: Arguments) -> SimpleNamespace:
-    """What an image takes, in GB of activations and in TFLOP, and the networks' 1e9 parameters.
+    """What an image takes: activations in GB and passes in TFLOP; and the networks' 1e9 parameters.
 
     Shapes alone run through the networks, and nothing is allocated. Autograd tells what it keeps
-    for the backward, and torch counts the FLOPs of matrix products, attention and convolutions.
+    for the backward pass: whole, or checkpointed. backward includes the forward pass before it.
     """
     dtype, side = torch.bfloat16, args.resolution // 8
 
@@ -175,21 +111,16 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
         weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
         return sum(size for key, size in storages.items() if key not in weights) / 1e9
 
-    def tflop(work: Callable[[], Any]) -> float:
-        with FlopCounterMode(display=False) as counter:
-            work()
-        return counter.get_total_flops() / 1e12
-
     size = SimpleNamespace()
     with torch.device("meta"), patch.object(F, "scaled_dot_product_attention", as_on_a_gpu):
         transformer = SD3Transformer2DModel(**MEDIUM).to(dtype).requires_grad_(False)
-        vae, eye = AutoencoderKL(**VAE), random_eye()
+        vae, reward = AutoencoderKL(**VAE), random_pickscore()
         size.transformer, size.vae = count(transformer), count(vae)
         size.t5 = count(transformers.T5EncoderModel(transformers.T5Config(**T5_XXL)))
         with torch.no_grad():
             size.reference = tflop(forward)
             size.decode = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
-            size.eye = tflop(lambda: eye(torch.empty(1, 3, 224, 224)))
+            size.reward = tflop(lambda: reward(torch.empty(1, 3, 224, 224), []))
         sd35.add_lora(transformer, args.rank, args.lora_alpha, args.seed, False)
         size.lora = count(transformer) - size.transformer
         transformer.to(dtype)  # as autocast has it, but for some copies in float32
@@ -255,10 +186,10 @@ def step_tflop(
     each = {
         "rollout": args.num_inference_steps * guided * size.theta,
         "decode": size.decode,
-        "reward, PickScore's eye": size.eye,
+        "reward, PickScore's network of images": size.reward,
         "train": args.train_timesteps * train * m / G * updates_per_rollout,
     }
-    return {name: args.prompts_per_step * G * tflop for name, tflop in each.items()}
+    return {name: args.prompts_per_step * G * work for name, work in each.items()}
 
 
 def plan(args: Arguments) -> None:
@@ -266,84 +197,90 @@ def plan(args: Arguments) -> None:
     size = count_sizes(args)
     print(f"SD3.5 Medium in bf16 at {args.resolution} px, LoRA of rank {args.rank}, in GB")
     plan_memory(args, size)
-    work = step_tflop(args, size)
+    phases = step_tflop(args, size)
     print(f"TFLOP of a step of {args.prompts_per_step} groups of {args.group_size}:")
-    for name, tflop in {**work, "together": sum(work.values())}.items():
-        print(f"{tflop:8.0f}  {name}")
-    hours = sum(work.values()) * args.max_train_steps / 3600 / 400
+    for name, work in {**phases, "together": sum(phases.values())}.items():
+        print(f"{work:8.0f}  {name}")
+    hours = sum(phases.values()) * args.max_train_steps / 3600 / 400
     print(f"{hours:8.1f}  hours for {args.max_train_steps} steps, at 400 TFLOP/s all the time")
 
 
-# torch counts the FLOPs of attention on a GPU, and leaves out that of a CPU, which has the same.
-FLOPS = dict(flop_registry)
-for of in ("", "_backward"):
-    name = "_scaled_dot_product_flash_attention"
-    on_cpu = getattr(torch.ops.aten, f"{name}_for_cpu{of}")
-    FLOPS[on_cpu] = FLOPS[getattr(torch.ops.aten, name + of)]
+def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """Transformer and VAE of SD3.5 Medium with random weights, without text encoders."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformer = SD3Transformer2DModel(**MEDIUM).to(dtype).requires_grad_(False).eval()
+        vae = AutoencoderKL(**VAE).requires_grad_(False).eval()
+    parts = {**dict.fromkeys(sd35.PARTS), "transformer": transformer, "vae": vae}
+    pipe = StableDiffusion3Pipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-class Account(TorchDispatchMode):
-    """FLOPs, bytes and the least seconds of each phase, operation by operation.
-
-    An operation takes at least its FLOPs at the peak of matrix products in its precision ("busy"),
-    and at least its bytes, in and out, at the peak of memory (the roofline; Williams et al. 2009).
-    Fused kernels and caches move fewer bytes than are counted. "looks" is how often the host needs
-    a number from the device, and on a GPU waits for it.
-    """
-
-    def __init__(self, peaks: dict[torch.dtype, float], bandwidth: float):
-        super().__init__()
-        self.peaks, self.bandwidth = peaks, bandwidth
-        self.phases: dict[str, Counter[str]] = {}  # the seconds also by kind of operation
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self.now = self.phases.setdefault(phase, Counter())
-        with self:
-            yield
-
-    def __torch_dispatch__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs, operation = kwargs or {}, func._overloadpacket
-        if operation not in FLOPS:  # if it is made of others, count those
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        out = func(*args, **kwargs)
-        if func.is_view or "view" in str(func) or "empty" in str(func):
-            return out
-        flops = FLOPS[operation](*args, **kwargs, out_val=out) if operation in FLOPS else 0
-        moved = sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
-        dtype = next((x.dtype for x in tree_leaves(out) if torch.is_tensor(x)), None)
-        busy = flops / self.peaks.get(dtype, self.peaks[torch.float32])
-        least = max(busy, moved / self.bandwidth)
-        kind = "attention" if "attention" in str(func) else "products"
-        self.now.update({"flops": flops, "bytes": moved, "busy": busy, "seconds": least})
-        self.now[kind if operation in FLOPS else "others"] += least
-        self.now["looks"] += operation is torch.ops.aten._local_scalar_dense
-        return out
+def load(args: Arguments, texts: list[str]) -> Trainer:
+    """A trainer that knows these prompts, with random weights if none are given."""
+    accelerator = train_sd35.launch(args)
+    torch.manual_seed(args.seed)
+    name, dtype = args.pretrained_model_name_or_path, train_sd35.precision(args)
+    if name == train_sd35.MEDIUM:
+        pipe, shapes = random_pipeline(dtype), ((1, 77 + args.max_sequence_length, 4096), (1, 2048))
+        encoded = {text: sd35.Encoded(*map(torch.randn, shapes)) for text in texts}
+    else:
+        pipe = sd35.load_pipeline(name, dtype)
+        encoded = sd35.Encoder(pipe, args.max_sequence_length, accelerator.device)(texts, {})
+    trainer = train_sd35.build(args, accelerator, pipe)
+    trainer.model.encoded = encoded
+    if not trainer.model.images_a_pass:
+        print(f"--micro_batch_size auto: {train_sd35.fit_micro_batch(trainer)}")
+    return trainer
 
 
-def measured_peaks(device: torch.device) -> tuple[dict[torch.dtype, float], float]:
-    """FLOPs a second of a large matrix product by precision, bytes a second of a large copy."""
-    n, peaks = 8192 if device.type == "cuda" else 2048, {}
-
-    def best(work: Callable[[], Any]) -> float:
-        return min([seconds(device, work) for _ in range(6)][1:])  # the first is to warm up
-
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-        peaks[dtype] = 2 * n**3 / best(partial(torch.matmul, a, b))
-    c = torch.empty(16 * n * n, device=device, dtype=torch.uint8)
-    return peaks, 2 * c.nbytes / best(c.clone)
+def prepare(args: Arguments) -> tuple[Trainer, Tensor, Tensor]:
+    """A trainer with a LoRA that does something, latents x0 (G, C, h, w) and advantages (G,)."""
+    trainer = load(args, ["", TEXT])
+    with torch.no_grad():
+        for theta, old in zip(trainer.model.theta, trainer.model.old, strict=True):
+            theta.add_(0.02 * torch.randn_like(theta))
+            old.copy_(theta + 0.002 * torch.randn_like(theta))
+    x0 = torch.randn(args.group_size, *trainer.model.latent_shape)
+    advantages = torch.linspace(-1.7, 1.7, args.group_size)  # the mean is 0, the std about 1
+    return trainer, x0.to(trainer.device), advantages.to(trainer.device)
 
 
-def bare_passes(
-    trainer: Trainer, text: str, reward: rewards.Reward | None, clock: Clock | Account
-) -> None:
-    """A group's network passes by themselves: the same batches, nothing around them."""
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    clock = Clock(device)
+    with clock("work"):
+        work()
+    return clock.seconds["work"]
+
+
+def gradients(trainer: Trainer, work: Callable[[], object]) -> list[Tensor]:
+    trainer.optimizer.zero_grad()
+    work()
+    return [parameter.grad.float().clone() for parameter in trainer.model.theta]
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """|a - b| / |b|, all tensors in one."""
+    a, b = (torch.cat([x.flatten() for x in parts]) for parts in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def ratio(pairs: list[tuple[float, float]]) -> str:
+    """The median of a over b, and its ends."""
+    found = sorted(a / b for a, b in pairs)
+    return f"{found[len(found) // 2]:.2f} [{found[0]:.2f}, {found[-1]:.2f}]"
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product in this precision, measured."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+    took = [seconds(device, partial(torch.matmul, a, b)) for _ in range(6)]
+    return 2 * n**3 / min(took[1:])  # the first is to warm up
+
+
+def bare_passes(trainer: Trainer, text: str) -> dict[str, Callable[[], object]]:
+    """A group's network passes by themselves, by phase: the same batches, nothing around them."""
     args, model, m = trainer.args, trainer.model, trainer.model.images_a_pass
     x0 = torch.randn(args.group_size, *model.latent_shape, device=trainer.device)
     found = model.embedding(text)
@@ -354,19 +291,16 @@ def bare_passes(
         with model.autocast():
             return model.pipe.transformer(x, embeds, pooled, torch.full_like(x[:, 0, 0, 0], 800))[0]
 
-    with clock("rollout"), torch.no_grad():
+    @torch.no_grad()
+    def rollout() -> None:
         for x in x0.split(m):
             for _ in range(args.num_inference_steps):
                 forward(x, args.guidance_scale)
-    with clock("decode"):
-        images = model.decode(x0)
-    if reward:
-        with clock("reward"):
-            reward(images, [])
-    times_a_pass = max(1, m // args.group_size)  # as backward_group has it
-    with clock("train"):
-        for rows in x0.repeat(args.train_timesteps, 1, 1, 1).split(times_a_pass * args.group_size):
-            batches = rows.split(m)
+
+    def train() -> None:
+        rows = x0.repeat(args.train_timesteps, 1, 1, 1)
+        for together in rows.split(max(1, m // len(x0)) * len(x0)):  # as backward_group has it
+            batches = together.split(m)
             for x in batches:
                 with torch.no_grad():
                     with model.reference():
@@ -375,62 +309,47 @@ def bare_passes(
                         forward(x)
                 forward(x).float().mean().backward()
 
+    return {"rollout": rollout, "decode": partial(model.decode, x0), "train": train}
+
 
 def step(args: Arguments) -> None:
     """Times steps against their bare network passes, in one run.
 
-    Beside it what the passes must take at the machine's measured peaks, and the share of the peak
-    of matrix products that they reach (MFU). Recomputed activations count as work. "products" is
-    the share of products, attention and convolutions in the time at the peaks. With random weights,
-    the reward is random, and costs what PickScore's eye does: not its text encoder, nor resizing.
+    MFU is the share of the peak of matrix products that our step reaches. The peak is measured on
+    this machine, in the transformer's precision; VAE and reward, which stay in float32, reach less.
+    Activations that are computed again count as work. The reward is random: with random weights it
+    costs what PickScore's network of images does, with given ones nothing.
     """
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
-    trainer, random = load(args, texts)
-    eye = random_eye().to(trainer.device) if random else None
-
-    @torch.no_grad()
-    def reward(images: Tensor, prompts: list[dict]) -> Tensor:
-        if eye is None:
-            return torch.rand(len(images))
-        return eye(F.interpolate(images, (224, 224))).pooler_output.mean(1)
-
+    trainer, chosen = load(args, texts), [{"prompt": text} for text in texts[1:]]
+    groups, passes = len(trainer.own(chosen)), bare_passes(trainer, texts[1])
+    random = args.pretrained_model_name_or_path == train_sd35.MEDIUM
+    with trainer.device:
+        reward = random_pickscore() if random else lambda images, _: torch.rand(len(images))
+        images = torch.rand(args.group_size, 3, args.resolution, args.resolution)
+    passes |= {"reward": partial(reward, images, [])} if random else {}
     trainer.scorers = {"random": (1.0, reward)}
-    chosen = [{"prompt": text} for text in texts[1:]]
-    groups = len(trainer.own(chosen))
-    peaks, bandwidth = measured_peaks(trainer.device)
-    account = Account(peaks, bandwidth)
-    passes = partial(bare_passes, trainer, texts[1], reward if random else None)
-    trainer.take_step(chosen, 0)  # warm
-    passes(account)
-    steps, bare = Counter(), Counter()
+
+    trainer.take_step(chosen, 0)  # to warm up, as counting warms up the bare passes
+    work = Counter({phase: groups * tflop(run) for phase, run in passes.items()})
+    ours, bare = Counter(), Counter()
     for i in range(1, args.repeats + 1):
         metrics = trainer.take_step(chosen, i)
-        steps.update({k: v / args.repeats for k, v in metrics.items() if v is not None})
-        clock = Clock(trainer.device)
-        passes(clock)
-        bare.update({k: groups * v / args.repeats for k, v in clock.seconds.items()})
+        ours.update({k: v / args.repeats for k, v in metrics.items() if v is not None})
+        for phase, run in passes.items():
+            bare[phase] += groups * seconds(trainer.device, run) / args.repeats
     if not trainer.accelerator.is_main_process:
         return
-    print(
-        f"at most {peaks[torch.float32] / 1e12:.3g} TFLOP/s in float32, "
-        f"{peaks[torch.bfloat16] / 1e12:.3g} in bf16, and {bandwidth / 1e9:.3g} GB/s\n"
-        f"{'seconds a step':16}{'ours':>10}{'bare passes':>14}{'overhead':>10}"
-        f"{'TFLOP':>10}{'GB':>10}{'at the peaks':>14}{'products':>10}{'MFU':>8}"
-    )
-    account.phases["step"] = sum(account.phases.values(), Counter())
-    for phase, counted in account.phases.items():
-        ours = steps["seconds" if phase == "step" else f"seconds/{phase}"]
-        alone = bare.total() if phase == "step" else bare[phase]
-        flops, moved, least = (groups * counted[k] for k in ("flops", "bytes", "seconds"))
-        products, used = (
-            1 - counted["others"] / counted["seconds"],
-            groups * counted["busy"] / alone,
-        )
-        print(
-            f"{phase:16}{ours:>10.3f}{alone:>14.3f}{ours / alone - 1:>10.1%}{flops / 1e12:>10.3g}"
-            f"{moved / 1e9:>10.3g}{least:>14.3f}{products:>10.1%}{used:>8.1%}"
-        )
-    print(f"{steps['images_per_second']:.3f} images a second trained on")
+
+    most = peak(trainer.device, train_sd35.precision(args)) / 1e12
+    print(f"matrix products in {train_sd35.precision(args)}: at most {most:.3g} TFLOP/s")
+    print("seconds a step        ours   bare passes  overhead     TFLOP     MFU")
+    ours["seconds/step"], bare["step"], work["step"] = ours["seconds"], bare.total(), work.total()
+    for phase in work:
+        mine, alone = ours[f"seconds/{phase}"], bare[phase]
+        shares = f"{mine / alone - 1:10.1%}{work[phase]:10.3g}{work[phase] / mine / most:8.1%}"
+        print(f"{phase:16}{mine:10.3f}{alone:14.3f}{shares}")
+    print(f"{ours['images_per_second']:.3f} images a second trained on")
     if "peak_memory_gb" in metrics:
         print(f"{metrics['peak_memory_gb']:.2f} GB at most")
 
@@ -438,9 +357,8 @@ def step(args: Arguments) -> None:
 def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Tensor) -> None:
     """A group's step from the paper's formulas and autograd alone, without dgpo.py.
 
-    It is the schedule of the authors' released trainer: the whole group in one batch, the
-    reference, theta_old and theta as three passes at every timestep, and after each a look at the
-    numbers, which waits for the device.
+    It has the schedule of the authors' released trainer: the whole group in one batch, three passes
+    at every timestep, and after each timestep a look at the numbers, which waits for the device.
     """
     args, model, K = trainer.args, trainer.model, trainer.args.train_timesteps
     generator = train_sd35.seeded(args.seed, train_sd35.TIMES, step)
@@ -457,9 +375,8 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
         with torch.no_grad(), model.theta_old():
             v_old = theta(*asked)
         v, v_ref = theta(*asked), v_old if args.ema_reference else v_frozen
-        loss, loss_ref, loss_old = (
-            (u - (eps - x0)).square().mean((1, 2, 3)) for u in (v, v_ref, v_old)
-        )
+        errors = (u - (eps - x0) for u in (v, v_ref, v_old))
+        loss, loss_ref, loss_old = (error.square().mean((1, 2, 3)) for error in errors)
         ratio = (loss_old - loss).exp().detach()
         far = torch.where(advantages > 0, ratio > 1 + args.clip, ratio < 1 - args.clip)
         seen = torch.where(far & bool(args.clip), loss.detach(), loss)
@@ -481,148 +398,89 @@ def plain(args: Arguments) -> None:
     took = [(seconds(device, theirs), seconds(device, ours)) for _ in range(args.repeats)]
     mean_plain, mean_ours = (sum(times) / args.repeats for times in zip(*took, strict=True))
     print(f"group of {args.group_size}, micro-batches of {model.images_a_pass}, {args.recipe}")
-    print(f"plain step {mean_plain:.3f} s, ours {mean_ours:.3f} s")
-    print(f"plain / ours {ratio(took)}")
+    print(f"plain step {mean_plain:.3f} s, ours {mean_ours:.3f} s; plain / ours {ratio(took)}")
     print(f"difference of the gradients, of their norm: {found:.2e}")
 
-    def work_in(autocast: Callable) -> tuple[list[Tensor], dict[str, Tensor]]:
-        # Entered anew at every pass, as the trainer does: it keeps what it has cast.
-        with patch.object(model, "autocast", autocast):
-            return gradients(trainer, ours), ours()
-
-    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
-    half, metrics = work_in(bf16)
-    for model.images_a_pass in sorted({1, 4, args.group_size}):
-        apart, m = distance(work_in(bf16)[0], half), model.images_a_pass
-        print(f"bf16, micro-batches of {m}: the gradient differs by {apart:.2e} of its norm")
+    with patch.object(model, "autocast", partial(torch.autocast, device.type, torch.bfloat16)):
+        half = gradients(trainer, ours)
     model.pipe.transformer.float()
-    exact, numbers = work_in(nullcontext)
-    named = [name for name, p in model.pipe.transformer.named_parameters() if p.requires_grad]
-    cosines = sorted(
-        (F.cosine_similarity(a.flatten(), b.flatten(), 0).item(), name)
-        for a, b, name in zip(half, exact, named, strict=True)
-        if b.any()  # the last block's queries of the text lead nowhere
-    )
-    (middle, _), (worst, name) = cosines[len(cosines) // 2], cosines[0]
-    print(
-        f"bf16 against float32: cosine {middle:.5f} in the middle of {len(cosines)} LoRA tensors, "
-        f"{worst:.5f} at worst ({name})"
-    )
-    for name in ("gap", "gate"):
-        a, b = (m[name].float().mean().item() for m in (metrics, numbers))
-        print(f"{name}: {a:.6f} in bf16, {b:.6f} in float32")
+    with patch.object(model, "autocast", nullcontext):
+        found = distance(half, gradients(trainer, ours))
+    print(f"difference of the gradient in bf16 from that in float32, of its norm: {found:.2e}")
 
 
 @contextmanager
 def compiled(trainer: Trainer, backend: str = "inductor") -> Iterator[None]:
     """The transformer's blocks, each by itself: those that are alike share what is compiled."""
-    blocks = trainer.model.pipe.transformer.transformer_blocks
-    for block in blocks:
-        block.compile(backend=backend)
     # Three kinds of block, with and without LoRA, gradients and a second batch size are more than
     # the 8 graphs after which torch gives up without an error.
-    try:
-        with torch._dynamo.config.patch(recompile_limit=64):
-            yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
+    with torch._dynamo.config.patch(recompile_limit=64), ExitStack() as undo:
+        for block in trainer.model.pipe.transformer.transformer_blocks:
+            block.compile(backend=backend)
+            undo.callback(setattr, block, "_compiled_call_impl", None)
+        yield
 
 
-def attention(backend: str, trainer: Trainer) -> AbstractContextManager:
-    return sdpa_kernel(getattr(SDPBackend, backend))
+def attention(kernel: str, trainer: Trainer) -> AbstractContextManager:
+    return sdpa_kernel(getattr(SDPBackend, kernel))
 
 
 def twice_the_images(trainer: Trainer) -> AbstractContextManager:
-    """Which is what reference and theta_old in one batch would be, too."""
+    """Also what the reference and theta_old in one batch would be."""
     return patch.object(trainer.model, "images_a_pass", 2 * trainer.model.images_a_pass)
 
 
 @contextmanager
-def vae_to(name: str, there: object, back: object, trainer: Trainer) -> Iterator[None]:
-    """In bf16 its values are rounded for good, but its speed is the same again afterwards."""
-    trainer.model.pipe.vae.to(**{name: there})
+def channels_last(trainer: Trainer) -> Iterator[None]:
+    """The order of the VAE's weights in memory that convolutions on a GPU may like better."""
+    vae = trainer.model.pipe.vae.to(memory_format=torch.channels_last)
     try:
         yield
     finally:
-        trainer.model.pipe.vae.to(**{name: back})
+        vae.to(memory_format=torch.contiguous_format)
 
 
-# The change, the phases it may help, and the operations whose time at the peaks it may save; or
-# None, where what it does itself can be counted.
-BOTH, BACKENDS = ("rollout", "train"), "FLASH_ATTENTION CUDNN_ATTENTION EFFICIENT_ATTENTION MATH"
-LAST = partial(vae_to, "memory_format", torch.channels_last, torch.contiguous_format)
-HALF = partial(vae_to, "dtype", torch.bfloat16, torch.float32)
-CHANGES: list[tuple[str, Callable, tuple[str, ...], str | None]] = [
-    ("torch.compile of the blocks", compiled, BOTH, "others"),
-    *(
-        (f"attention: {n.lower()}", partial(attention, n), BOTH, "attention")
-        for n in BACKENDS.split()
-    ),
-    ("twice the images in a pass", twice_the_images, BOTH, None),
-    ("VAE channels-last", LAST, ("decode",), None),
-    ("VAE in bf16", HALF, ("decode",), None),
-]
-
-
-def graphs() -> int:
-    """That torch.compile has made so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+BOTH = ("rollout", "train")
+KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+CHANGES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # with the phases that each may help
+    "torch.compile of the blocks": (compiled, BOTH),
+    **{f"attention: {kernel.lower()}": (partial(attention, kernel), BOTH) for kernel in KERNELS},
+    "twice the images in a pass": (twice_the_images, BOTH),
+    "VAE channels-last": (channels_last, ("decode",)),
+}
 
 
 def changes(args: Arguments) -> None:
-    """A phase of one group without and with each change in turn.
-
-    The prediction is a bound: nothing is faster than the FLOPs and bytes that remain, at the peaks
-    that are measured here. For a small model it is none: what lies in a cache is not fetched.
-    """
+    """Times a phase of a group without and with each change, and compares the results by norm."""
     trainer, x0, advantages = prepare(args)
     model, device = trainer.model, trainer.device
-    account = Account(*measured_peaks(device))
-    sampled = (TEXT, torch.randn(x0.shape), args.num_inference_steps, args.guidance_scale)
     trained = partial(trainer.backward_group, 0, 0, TEXT, x0, advantages)
     phases: dict[str, Callable[[], list[Tensor]]] = {
-        "rollout": lambda: [model.sample(*sampled)],
+        "rollout": lambda: [model.sample(TEXT, x0, args.num_inference_steps, args.guidance_scale)],
         "decode": lambda: [model.decode(x0)],
         "train": lambda: gradients(trainer, trained),
     }
-    unchanged = {}
-    for name, work in phases.items():
-        unchanged[name] = [x.float() for x in work()]
-        with account(name):
-            work()
+    unchanged = {name: [x.float() for x in work()] for name, work in phases.items()}
     print(f"a group of {args.group_size}, {model.images_a_pass} images a pass")
-    print("| change | phase | faster by, at most | measured | the result differs by |")
+    print("| change | phase | times as fast | the result moves by | seconds at first |")
     print("|---|---|---|---|---|")
-    for title, change, of, saved in CHANGES:
-        for name in of:
-            work, counted = phases[name], account.phases[name]
-            before, start = graphs(), time.perf_counter()
+    for title, (change, helped) in CHANGES.items():
+        for name in helped:
+            work = phases[name]
             try:
                 with change(trainer):
+                    first = seconds(device, work)
                     changed = [x.float() for x in work()]
-            except RuntimeError as error:  # no such attention here
-                print(f"| {title} | {name} | - | {first_line(error)} | - |", flush=True)
+            except RuntimeError as error:  # this machine has no such kernel
+                print(f"| {title} | {name} | {cli.first_line(error)} | - | - |", flush=True)
                 continue
-            first, made, took = time.perf_counter() - start, graphs(), []
+            took = []
             for _ in range(args.repeats):
                 slow = seconds(device, work)
                 with change(trainer):
                     took.append((slow, seconds(device, work)))
-            least = counted["seconds"] - counted[saved]
-            if saved is None:
-                with account("changed"), change(trainer):
-                    work()
-                least = account.phases.pop("changed")["seconds"]
-            bound = min(slow for slow, _ in took) / least
             off = distance(changed, unchanged[name])
-            print(f"| {title} | {name} | {bound:.2f} | {ratio(took)} | {off:.1e} |", flush=True)
-            if made > before:
-                more = f"{graphs() - made} more in {args.repeats} repetitions"
-                print(f"({made - before} graphs made in {first:.0f} s, {more})")
-    # What is copied to the device, embeddings, noise and advantages, makes the host wait, too.
-    looks = account.phases["train"]["looks"]
-    print(f"the host waits for a number {looks} times in a group's training")
+            print(f"| {title} | {name} | {ratio(took)} | {off:.1e} | {first:.1f} |", flush=True)
 
 
 COMMANDS = {"plan": plan, "step": step, "plain": plain, "changes": changes}
@@ -635,7 +493,7 @@ def main() -> None:
     elif command in COMMANDS:
         COMMANDS[command](train_sd35.parse_args(argv, Arguments))
     else:
-        raise Fault(f"the command must be {', '.join(COMMANDS)}, got {command!r}")
+        raise cli.Fault(f"the command must be {', '.join(COMMANDS)}, got {command!r}")
 
 
 if __name__ == "__main__":
