@@ -34,6 +34,7 @@ from tqdm import tqdm
 import prompts as prompt_sets
 import rewards
 from cli import Fault, first_line, make_folder, option, pairs, parse, read_json, replace_file, run
+from records import sheet
 from rewards.ocr import QUOTED
 from sd35 import LORA_FILE, decode, load_lora, load_pipeline
 
@@ -330,7 +331,7 @@ def grid(args: Arguments, asked: Asked, scores: np.ndarray) -> Image.Image:
         heading = f"{gains[i]:+.3g}  {asked[both[0, i]]['prompt']}"
         captions = [f"{name}: {x:.3f}" for name, x in zip(VARIANTS, scores[:, i], strict=True)]
         rows.append((heading, captions, torch.stack([read_picture(path) for path in both[:, i]])))
-    return rewards.sheet(rows, side=max(256, min(args.resolution, 384)))
+    return sheet(rows, side=max(256, min(args.resolution, 384)))
 
 
 def report(args: Arguments, asked: Asked, kept: Scores) -> str:

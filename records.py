@@ -286,24 +286,37 @@ def plot_curves(metrics: Path, path: Path) -> None:
     matplotlib.pyplot.close(figure)
 
 
+def sheet(rows: list[tuple[str, list[str], Tensor]], side: int) -> Image.Image:
+    """Pictures to look at: rows of a heading, a caption a picture, and images (N, 3, H, W).
+
+    side: what each picture is made, in pixels. The heading stands above its pictures, cut to their
+    width, and the captions underneath.
+    """
+    line, width = 22, side * max((len(images) for _, _, images in rows), default=1)
+    sheet = Image.new("RGB", (width, max(1, len(rows)) * (side + 2 * line)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (heading, captions, images) in enumerate(rows):
+        y = row * (side + 2 * line)
+        while pen.textlength(heading, font_size=14) > width - 8 and len(heading) > 1:
+            heading = heading[:-2] + "…"
+        pen.text((4, y + 3), heading, fill="black", font_size=14)
+        for column, (caption, pixels) in enumerate(
+            zip(captions, rewards.to_bytes(images), strict=True)
+        ):
+            image = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(image, (column * side, y + line))
+            place = (column * side + 4, y + line + side + 3)
+            pen.text(place, caption, fill="black", font_size=14)
+    return sheet
+
+
 def draw_grid(path: Path, texts: list[str], base: Tensor, now: Tensor, title: str) -> None:
     """A picture with a prompt a row: base on the left, now on the right, from the same noise."""
-    side, line = base.shape[-1], 26
-    scale = max(1, 192 // side)  # so that small pictures can be looked at
-    side *= scale
-    grid = Image.new("RGB", (2 * side, (side + line) * len(texts) + line), "white")
-    draw = ImageDraw.Draw(grid)
-    draw.text((4, 4), f"base | {title}", fill="black", font_size=16)
-    for row, text in enumerate(texts):
-        y = line + row * (side + line)
-        while draw.textlength(text, font_size=14) > 2 * side - 8 and len(text) > 1:
-            text = text[:-2] + "…"
-        draw.text((4, y + 4), text, fill="black", font_size=14)
-        for column, pixels in enumerate(rewards.to_bytes(torch.stack([base[row], now[row]]))):
-            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            grid.paste(picture, (column * side, y + line))
+    pairs = zip(texts, base, now, strict=True)
+    rows = [(text, ["base", title], torch.stack(images)) for text, *images in pairs]
+    side = base.shape[-1]
     path.parent.mkdir(exist_ok=True)
-    replace_file(path, grid.save)
+    replace_file(path, sheet(rows, side * max(1, 192 // side)).save)  # small ones are enlarged
 
 
 def write_card(args: Any, metrics: Path) -> None:

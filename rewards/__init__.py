@@ -38,7 +38,6 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 Reward = Callable[[Tensor, list[dict]], object]
@@ -53,28 +52,6 @@ def to_bytes(images: Tensor) -> np.ndarray:
     """Images (N, 3, H, W) in [0, 1] as bytes (N, H, W, 3), the form that picture files have."""
     pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
     return pixels.permute(0, 2, 3, 1).numpy()
-
-
-def sheet(rows: list[tuple[str, list[str], Tensor]], side: int) -> Image.Image:
-    """Pictures to look at: rows of a heading, a caption a picture, and images (N, 3, H, W).
-
-    side: what each picture is made, in pixels. The heading stands above its pictures, cut to their
-    width, and the captions underneath.
-    """
-    line, width = 22, side * max((len(images) for _, _, images in rows), default=1)
-    sheet = Image.new("RGB", (width, max(1, len(rows)) * (side + 2 * line)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (heading, captions, images) in enumerate(rows):
-        y = row * (side + 2 * line)
-        while pen.textlength(heading, font_size=14) > width - 8 and len(heading) > 1:
-            heading = heading[:-2] + "…"
-        pen.text((4, y + 3), heading, fill="black", font_size=14)
-        for column, (caption, pixels) in enumerate(zip(captions, to_bytes(images), strict=True)):
-            image = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(image, (column * side, y + line))
-            place = (column * side + 4, y + line + side + 3)
-            pen.text(place, caption, fill="black", font_size=14)
-    return sheet
 
 
 def names() -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import records
+import rewards
 from cli import Fault
 
 
@@ -134,8 +135,8 @@ def test_pictures_stand_side_by_side_with_their_prompts(tmp_path):
     base, now = torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16)
     records.draw_grid(tmp_path / "v" / "1.png", ["a", "b" * 500], base, now, "step 1")
     grid = np.asarray(Image.open(tmp_path / "v" / "1.png"))
-    assert grid.shape == (26 + 2 * (192 + 26), 2 * 192, 3)
-    for y in (52, 52 + 192 + 26):
+    assert grid.shape == (2 * (192 + 44), 2 * 192, 3)
+    for y in (22, 22 + 192 + 44):
         assert (grid[y : y + 192, :192] == 0).all() and (grid[y : y + 192, 192:] == 255).all()
 
 
@@ -145,3 +146,16 @@ def test_curves_are_drawn_of_steps_that_lack_a_metric(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     records.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 5
+
+
+def test_a_sheet_shows_its_pictures():
+    images = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    sheet = records.sheet([("above", ["a", "b"], images[:2]), ("w" * 99, ["c"], images[2:])], 80)
+    assert sheet.size == (160, 2 * (80 + 44))
+    shown = torch.tensor(list(sheet.tobytes())).view(248, 160, 3)
+    expected = torch.tensor(rewards.to_bytes(images))
+    for picture, (x, y) in zip(expected, [(0, 22), (80, 22), (0, 146)], strict=True):
+        assert (shown[y : y + 80 : 2, x : x + 80 : 2] == picture).all()
+    for y in (0, 102, 124, 226):  # heading and captions of each row
+        assert (shown[y : y + 22, :80] < 128).any()
+    assert records.sheet([], 80).size == (80, 124)

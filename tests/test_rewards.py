@@ -30,18 +30,6 @@ def images():
     return torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_sheet_shows_its_pictures(images):
-    sheet = rewards.sheet([("above", ["a", "b"], images[:2]), ("w" * 99, ["c"], images[2:])], 80)
-    assert sheet.size == (160, 2 * (80 + 44))
-    shown = torch.tensor(list(sheet.tobytes())).view(248, 160, 3)
-    expected = torch.tensor(rewards.to_bytes(images))
-    for picture, (x, y) in zip(expected, [(0, 22), (80, 22), (0, 146)], strict=True):
-        assert (shown[y : y + 80 : 2, x : x + 80 : 2] == picture).all()
-    for y in (0, 102, 124, 226):  # heading and captions of each row
-        assert (shown[y : y + 22, :80] < 128).any()
-    assert rewards.sheet([], 80).size == (80, 124)
-
-
 def test_names_are_the_files():
     assert {"pickscore", "compressibility"} <= set(rewards.names())
 
