@@ -328,7 +328,7 @@ def step(args: Arguments) -> None:
         reward = random_pickscore() if random else lambda images, _: torch.rand(len(images))
         images = torch.rand(args.group_size, 3, args.resolution, args.resolution)
     passes |= {"reward": partial(reward, images, [])} if random else {}
-    trainer.scorers = {"random": (1.0, reward)}
+    trainer.trained_on = {"random": (1.0, reward)}
 
     trainer.take_step(chosen, 0)  # to warm up, as counting warms up the bare passes
     work = Counter({phase: groups * tflop(run) for phase, run in passes.items()})

@@ -415,7 +415,7 @@ class Trainer:
     model: sd35.Model
     optimizer: torch.optim.Optimizer
     times: Tensor  # that a group may be trained at
-    scorers: dict[str, tuple[float, rewards.Reward]] = field(default_factory=dict)  # with weights
+    trained_on: dict[str, tuple[float, rewards.Reward]] = field(default_factory=dict)
     done: int = 0  # steps
     bad_steps: int = 0  # the last ones, of a gradient that was not finite
 
@@ -499,7 +499,7 @@ class Trainer:
             if isinstance(scores, str):
                 raise Fault(scores)
         found = {}
-        for name, (weight, _) in self.scorers.items():
+        for name, (weight, _) in self.trained_on.items():
             found[name] = weight, torch.tensor([row[name] for row in rows])
             bad = (~found[name][1].isfinite()).nonzero().tolist()
             for p, g in bad[: self.accelerator.is_main_process]:
@@ -514,7 +514,7 @@ class Trainer:
             with torch.cuda.device_of(images), clock("reward"):  # a thread begins on the first GPU
                 return {
                     name: rewards.score(name, reward, images, [prompt] * len(images)).tolist()
-                    for name, (_, reward) in self.scorers.items()
+                    for name, (_, reward) in self.trained_on.items()
                 }
         except rewards.RewardError as error:
             return str(error)
@@ -654,7 +654,7 @@ class Trainer:
         try:
             return {
                 f"eval{of}/{name}": rewards.score(name, reward, images, prompts).mean().item()
-                for name, (_, reward) in {**self.scorers, **watched}.items()
+                for name, (_, reward) in {**self.trained_on, **watched}.items()
                 for of, images in (("_base", base), ("", now))
             }
         except rewards.RewardError as error:
@@ -689,16 +689,16 @@ def build(args: Arguments, accelerator: Accelerator, pipe: StableDiffusion3Pipel
     return Trainer(args, accelerator, model, optimizer, trained_times(args))
 
 
-def load_scorers(args: Arguments, device: torch.device, flag: str) -> dict[str, Any]:
+def load_rewards(args: Arguments, device: torch.device, flag: str) -> dict[str, Any]:
     """The rewards that a flag names, with their weights. Raises Fault."""
-    models, scorers = cli.pairs(args.reward_model), {}
+    models, found = cli.pairs(args.reward_model), {}
     for spec in getattr(args, flag):
         name, weight = rewards.parse(spec)
         try:
-            scorers[name] = weight, rewards.load(name, device, models.get(name))
+            found[name] = weight, rewards.load(name, device, models.get(name))
         except rewards.RewardError as error:
             raise Fault(f"argument --{flag}: {error}") from None
-    return scorers
+    return found
 
 
 def read_prompts(args: Arguments) -> tuple[list[dict], list[dict]]:
@@ -755,8 +755,8 @@ def train(args: Arguments) -> None:
     encode = sd35.Encoder(pipe, args.max_sequence_length, accelerator.device)
     trainer = build(args, accelerator, pipe)
     model = trainer.model
-    trainer.scorers = load_scorers(args, accelerator.device, "reward")
-    watched = load_scorers(args, accelerator.device, "eval_reward")
+    trainer.trained_on = load_rewards(args, accelerator.device, "reward")
+    watched = load_rewards(args, accelerator.device, "eval_reward")
     if args.resume_from_checkpoint:
         with accelerator.main_process_first():  # which puts damaged checkpoints aside
             kept = (args.resume_from_checkpoint, model, trainer.optimizer)

@@ -695,7 +695,7 @@ BEYOND |= {"prompts_per_step": 1, "micro_batch_size": 3}
 def step_of(tiny, out, monkeypatch, **changed):
     """A trainer whose rollout is known, its latents and scores, and the gradients of its step."""
     trainer, x0, scores = trained(tiny, out, **{**BEYOND, **changed})
-    trainer.scorers = {"known": (1.0, lambda images, prompts: scores)}
+    trainer.trained_on = {"known": (1.0, lambda images, prompts: scores)}
     gradients, update = [], trainer.update
     monkeypatch.setattr(trainer, "rollout", lambda *about: x0)
 
@@ -821,7 +821,7 @@ def test_a_group_is_scored_while_the_next_is_drawn(beside, tiny, tmp_path, monke
     if not beside:
         monkeypatch.setattr(train_sd35.futures, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(trainer, "rollout", rollout)
-    trainer.scorers = {"sleepy": (1.0, sleepy)}
+    trainer.trained_on = {"sleepy": (1.0, sleepy)}
     clock = records.Clock(trainer.device)
     chosen = [{"prompt": bench.TEXT, "i": i} for i in range(3)]
     latents, scores = trainer.draw_and_score(chosen, 0, clock)
