@@ -287,7 +287,7 @@ NO_DEFAULT = "reward reward_model eval_reward resume_from_checkpoint report_to c
 
 
 def test_a_missing_model_says_what_to_do(tiny, tmp_path):
-    with pytest.raises(train_sd35.Fault, match="cannot load .*nowhere.* or give a local folder"):
+    with pytest.raises(train_sd35.Fault, match="cannot load .*nowhere.* or give a folder as"):
         run(tiny, tmp_path / "run", model=tmp_path / "nowhere")
 
 
