@@ -165,29 +165,24 @@ def plan_memory(args: Arguments, size: SimpleNamespace) -> None:
         print(f"{card:8} GB  {fits if room > encoding else 'no room for a text encoder'}")
 
 
-def step_tflop(
-    args: Arguments,
-    size: SimpleNamespace,
-    train_samples: int | None = None,
-    bound: float = 0.0,
-    updates_per_rollout: int = 1,
-) -> dict[str, float]:
+def step_tflop(args: Arguments, size: SimpleNamespace) -> dict[str, float]:
     """TFLOP of a rollout of all groups and its training, by phase.
 
-    train_samples: m of a group's G samples are trained on, by default all. bound: theta_old is
-    asked for it, as for the clip, and once for both. updates_per_rollout: how often the samples of
-    a rollout are trained on.
+    A rollout's samples, m a group, are trained on --updates_per_rollout times. theta_old is asked
+    for the clip or the bound, and once for both.
     """
-    G, m = args.group_size, train_samples or args.group_size
+    G, m = args.group_size, args.train_samples or args.group_size
     scales = (args.guidance_scale, args.reference_guidance_scale)
     guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
-    asked = bool(args.clip or bound) + (args.micro_batch_size < m)  # theta_old; theta for the gap
+    asked = bool(args.clip or args.bound) + (
+        args.micro_batch_size < m
+    )  # theta_old; theta for the gap
     train = guided_reference * size.reference + asked * size.theta + size.backward
     each = {
         "rollout": args.num_inference_steps * guided * size.theta,
         "decode": size.decode,
         "reward, PickScore's network of images": size.reward,
-        "train": args.train_timesteps * train * m / G * updates_per_rollout,
+        "train": args.train_timesteps * train * m / G * args.updates_per_rollout,
     }
     return {name: args.prompts_per_step * G * work for name, work in each.items()}
 
@@ -298,14 +293,16 @@ def bare_passes(trainer: Trainer, text: str) -> dict[str, Callable[[], object]]:
                 forward(x, args.guidance_scale)
 
     def train() -> None:
-        rows = x0.repeat(args.train_timesteps, 1, 1, 1)
-        for together in rows.split(max(1, m // len(x0)) * len(x0)):  # as backward_group has it
+        # The reference, theta_old for clip or bound, theta for the gap of a group in parts, theta.
+        chosen = x0[: args.train_samples]
+        rows = chosen.repeat(args.updates_per_rollout * args.train_timesteps, 1, 1, 1)
+        for together in rows.split(max(1, m // len(chosen)) * len(chosen)):  # as backward_group
             batches = together.split(m)
             for x in batches:
                 with torch.no_grad():
                     with model.reference():
                         forward(x, args.reference_guidance_scale)
-                    for _ in range(bool(args.clip) + (len(batches) > 1)):  # old, theta for the gap
+                    for _ in range(bool(args.clip or args.bound) + (len(batches) > 1)):
                         forward(x)
                 forward(x).float().mean().backward()
 
@@ -359,6 +356,7 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
 
     It has the schedule of the authors' released trainer: the whole group in one batch, three passes
     at every timestep, and after each timestep a look at the numbers, which waits for the device.
+    It knows no --bound.
     """
     args, model, K = trainer.args, trainer.model, trainer.args.train_timesteps
     generator = train_sd35.seeded(args.seed, train_sd35.TIMES, step)
