@@ -192,7 +192,7 @@ def plan(args: Arguments) -> None:
     size = count_sizes(args)
     print(f"SD3.5 Medium in bf16 at {args.resolution} px, LoRA of rank {args.rank}, in GB")
     plan_memory(args, size)
-    phases = step_tflop(args, size, args.train_samples, args.bound, args.updates_per_rollout)
+    phases = step_tflop(args, size)
     print(f"TFLOP of a step of {args.prompts_per_step} groups of {args.group_size}:")
     for name, work in {**phases, "together": sum(phases.values())}.items():
         print(f"{work:8.0f}  {name}")
