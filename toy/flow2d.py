@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/run_2d
 import dgpo  # noqa: E402
 
 CONDITIONS, MODES, RADIUS, STD = 4, 8, 2.0, 0.15
+PRETRAINING_STEPS = 1500
 
 
 def mode_centers(dtype: torch.dtype = torch.float32) -> Tensor:
