@@ -141,7 +141,7 @@ def changed_fields(setting: Setting) -> dict:
 
 # What is compared where. A world that is too slow to search in takes the settings of another.
 COMPARED = {world: tuple(METHODS) for world in ("ring-2", "blobs", "ring-32", "ring-128")}
-LARGE, LIKE = "ring-512", "ring-128"
+LARGE, LIKE, TRANSFERRED = "ring-512", "ring-128", ("DGPO", "DGPO with dials", "Flow-GRPO")
 
 
 class Section(NamedTuple):
@@ -223,6 +223,7 @@ class Comparison:
         changes = {
             name: dataclasses.replace(setting, world=LARGE)
             for name, setting in self.chosen(LIKE).items()
+            if name in TRANSFERRED
         }
         found = self.changed("transfer", changes)
         rows = [[name, *figures.run_row(LARGE, runs)] for name, runs in found.items()]

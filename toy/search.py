@@ -153,12 +153,15 @@ def around(best: Setting, dials: dict[str, Dial], n: int, round_: int) -> list[S
 
 
 class Scored(NamedTuple):
-    """How good a setting is: compared in this order, less being better."""
+    """How good a setting is: by its cost, then by how far it ended, less being better."""
 
     cost: float  # mean over seeds of the cost to arrive, a failure counting as the whole budget
     far: float  # how far from the goal the runs end, where none arrives
     setting: Setting
     runs: list[Run]
+
+    def order(self) -> tuple[float, float]:
+        return self.cost, self.far
 
 
 def scored(setting: Setting, runs: list[Run]) -> Scored:
@@ -190,7 +193,7 @@ def halve(runs_of: Runner, name: str, settings: list[Setting]) -> list[Rung]:
     for seeds, share, go_on in RUNGS:
         found = runs_of(f"search, {name}", settings, TUNING_SEEDS[:seeds], share)
         pairs = zip(settings, found, strict=True)
-        rung = sorted((scored(*pair) for pair in pairs), key=lambda one: (one.cost, one.far))
+        rung = sorted((scored(*pair) for pair in pairs), key=Scored.order)
         best = [one.setting for one in rung[:go_on]]
         settings = best if default in best else [default, *best]
         rungs.append(rung)
@@ -210,20 +213,21 @@ def search(runs_of: Runner, world: str, name: str) -> Search:
     A range in whose outer tenth the best lies is widened before settings are drawn around it.
     """
     method = METHODS[name]
-    dials, widened, spent, first = dict(method.dials), [], {}, None
+    dials, widened, spent, rungs, finalists = dict(method.dials), [], {}, [], {}
     default = Setting(world, method.name, **method.fixed)
     cheap = {dial: value for dial, value in CHEAP.items() if dial in dials}
     settings = [default, dataclasses.replace(default, **cheap)]
     settings += drawn(name, world, dials, DRAWN)
     for round_ in range(1, MOST_ROUNDS + 1):
-        rungs = halve(runs_of, name, settings)
-        first = first or rungs[0]
-        for rung, (_, share, _) in zip(rungs, RUNGS, strict=True):
+        rungs.append(halve(runs_of, name, settings))
+        for rung, (_, share, _) in zip(rungs[-1], RUNGS, strict=True):
             for one in rung:
                 spent |= {
                     (one.setting, share, seed): run.end.cost for seed, run in enumerate(one.runs)
                 }
-        best = rungs[-1][0].setting
+        # The best of an earlier round stays the best until another beats it on all seeds.
+        finalists |= {one.setting: one for one in rungs[-1][-1]}
+        best = min(finalists.values(), key=Scored.order).setting
         edges = at_edges(best, dials)
         if round_ == MOST_ROUNDS or (round_ >= ROUNDS and not edges):
             break
@@ -232,5 +236,5 @@ def search(runs_of: Runner, world: str, name: str) -> Search:
             end = dials[dial].low if edge == "low" else dials[dial].high
             widened.append(f"{dial} to {end:.3g}")
         settings = settings + around(best, dials, AROUND, round_)
-    runs = [one.runs[0] for one in first if one.setting in settings[2 : 2 + DRAWN]]
+    runs = [one.runs[0] for one in rungs[0][0] if one.setting in settings[2 : 2 + DRAWN]]
     return Search(best, runs, settings, sum(spent.values()), widened, list(edges))
