@@ -39,10 +39,11 @@ def test_arrival_needs_reward_and_quality_and_staying():
     def arrival(*evaluations):
         return methods.arrival("ring-2", list(evaluations))
 
-    assert arrival(start, hacked, there) == 20
+    assert arrival(start, hacked, there, late) == 20
+    assert arrival(start, hacked, there) is None  # not for long
     assert arrival(start, there, hacked) is None
     assert arrival(start, there, lost) is None
-    assert arrival(start, there, lost, late) == 40
+    assert arrival(start, there, lost, late, late._replace(cost=50)) == 40
     assert arrival(start, there, *[late] * 8, lost, late) == 20
 
 

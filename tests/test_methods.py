@@ -103,6 +103,23 @@ def test_diffusion_dpo_is_dgpo_on_the_two_extremes():
     torch.testing.assert_close(ours, published)
 
 
+def test_sdpo_is_diffusion_dpo_where_the_loser_does_no_harm_and_else_spares_the_winner():
+    v_star, loss_ref, beta = normal(6, 2, 3, seed=1), normal(6, 2, seed=2), 2.0
+    v = v_star + normal(6, 2, 3)
+    with torch.no_grad():
+        v[:3, 0] = v_star[:3, 0] - (v - v_star)[:3, 1]  # errors that point apart
+        v[3:, 0] = v_star[3:, 0] + 3 * (v - v_star)[3:, 1]  # and a loser's error thrice as large
+    v.requires_grad_()
+    (ours,) = torch.autograd.grad(methods.sdpo_loss(v, v_star, loss_ref, beta), v)
+    loss, A = (v - v_star).square().mean(2), torch.tensor([-1.0, 1.0], dtype=F64).expand(6, 2)
+    published = dgpo.dgpo_loss(loss, loss_ref, A, beta / 2) / beta
+    (theirs,) = torch.autograd.grad(published, v)
+    torch.testing.assert_close(ours[:3], theirs[:3])
+    torch.testing.assert_close(ours[3:, 1], theirs[3:, 1])  # the winner's part is as it was
+    # The loser's is as long as 0.9 of the winner's: a step along both still lowers L_w.
+    torch.testing.assert_close(ours[3:, 0].norm(dim=1), 0.9 * ours[3:, 1].norm(dim=1))
+
+
 def test_awm_is_dgpo_with_its_gate_frozen():
     """As beta goes to 0, the gate goes to 1/2, and the gradient over beta to half of AWM's."""
     loss_theta, loss_ref = normal(4, 6).requires_grad_(), normal(4, 6, seed=1)
@@ -167,6 +184,7 @@ SETTINGS = {
     "AWM": methods.Setting("ring-2", "AWM", learning_rate=5e-4, kl=0.1),
     "DiffusionNFT": methods.Setting("ring-2", "NFT", ema=0.8),
     "Diffusion-DPO": methods.Setting("ring-2", "Diffusion-DPO", offline=True),
+    "Diffusion-SDPO": methods.Setting("ring-2", "SDPO"),
     "GPO": methods.Setting("ring-2", "GPO", shared_noise=False, rollout_steps=5, samples=8),
     "Flow-GRPO": methods.Setting("ring-2", "Flow-GRPO", sde_noise=0.7, samples=8),
     "Flow-GRPO, half its steps": methods.Setting(

@@ -43,10 +43,14 @@ FIRST, APART = 10_000, 1.1  # evaluations are 10,000 forwards apart, and later 1
 BUDGET = 1_500_000  # forwards of a run that is reported
 WAY = 0.9  # there: this share of the way from the base reward to the best data's ...
 RIGHT = 0.8  # ... with this share of samples right, as the world's judge has it
-STAYS = 0.9  # arrived: there at the end, and in this share of the evaluations until then
+STAYS = 0.9  # arrived: there at the end, in this share of the evaluations until then, ...
+LONG = 1.2  # ... and until this many times the cost at which it got there
 FOLLOWED = 4.0  # a run that has arrived ends at this many times that cost ...
 AT_LEAST = 0.25  # ... and not before this share of BUDGET
 LOST = -1.0  # a run that has gone this way, away from the best, is stopped
+
+
+PAIRS = ("Diffusion-DPO", "SDPO")  # the methods that train on the two extremes of a group alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Setting:
     """A method and all its dials. The defaults are run_2d.py's, wherever it has the dial."""
 
     world: str
-    method: str  # DGPO, AWM, NFT, Flow-GRPO, Diffusion-DPO or GPO
+    method: str  # DGPO, AWM, NFT, Flow-GRPO, Diffusion-DPO, SDPO or GPO
     learning_rate: float = 1.5e-3
     decay: float | None = None  # forwards after which the learning rate has halved
     average: float | None = None  # decay of the averaged weights that are evaluated
@@ -115,6 +119,27 @@ def nft_loss(
 # -log sigmoid(-beta/2 [(L_w - L_w^ref) - (L_l - L_l^ref)]), is DGPO's on the two extremes: a mean
 # over the group has the same beta/2.
 #
+# Diffusion-SDPO (arXiv:2511.03317) is Diffusion-DPO that lets go of the loser where un-denoising it
+# would harm the winner: with g_w and g_l the gradients by the output, v - v*, a step along
+# s g_l - g_w lowers L_w as long as s < |g_w|^2 / (g_w.g_l).
+
+
+def sdpo_loss(
+    v: Tensor, v_star: Tensor, loss_ref: Tensor, beta: dgpo.Real, margin: float = 0.1
+) -> Tensor:
+    """Pairs, the loser first: v, v_star (P, 2, ...), loss_ref (P, 2). The loss over beta, a scalar.
+
+    Its value means nothing, but its gradient is Diffusion-DPO's with the loser's part times s.
+    """
+    error, loss = (v - v_star).flatten(2), (v - v_star).square().flatten(2).mean(2)
+    pair = torch.tensor([-1.0, 1.0], dtype=v.dtype).expand_as(loss)
+    k, _ = dgpo.group_gradient(loss, loss_ref, pair, beta / 2)
+    loser, winner = error.detach().unbind(1)
+    dot = (loser * winner).sum(1)
+    s = torch.where(dot > 0, (1 - margin) * winner.square().sum(1) / dot, 1.0).clamp(max=1)
+    return (k * torch.stack([s, torch.ones_like(s)], 1) * loss).mean()
+
+
 # GPO (Chen et al. 2025, arXiv:2505.11070): Diffusion-DPO on all pairs of a group at once.
 
 
@@ -225,7 +250,7 @@ def draw(actor: nn.Module, setting: Setting, generator: torch.Generator) -> Roll
     else:
         x0 = dgpo.sample_ode(velocity, noise, steps).view(P, G, -1)
     rewards = world.reward(c[:, None], x0)
-    m = 2 if setting.method == "Diffusion-DPO" else setting.samples
+    m = 2 if setting.method in PAIRS else setting.samples
     if m is not None:
         p, kept = torch.arange(P)[:, None], dgpo.extremes(rewards, m)
         x0, rewards = x0[p, kept], rewards[p, kept]
@@ -267,6 +292,8 @@ def backward_denoising(
         loss = awm_loss(loss_theta, advantages)
     elif setting.method == "NFT":
         loss = nft_loss(v, v_old, eps - x0, t, advantages, setting.beta)
+    elif setting.method == "SDPO":
+        loss = sdpo_loss(v, eps - x0, loss_ref, setting.beta)
     else:
         loss = gpo_loss(loss_theta, loss_ref, rewards, setting.beta) / setting.beta
     (loss + setting.kl * dgpo.kl_penalty(v, v_ref).mean()).backward()
@@ -311,7 +338,7 @@ def iteration_cost(setting: Setting) -> int:
     where the loss looks at it.
     """
     P, G = setting.prompts, setting.group_size
-    trained = 2 if setting.method == "Diffusion-DPO" else setting.samples or G
+    trained = 2 if setting.method in PAIRS else setting.samples or G
     flow_grpo = setting.method == "Flow-GRPO"
     trained *= P * (trained_steps(setting) if flow_grpo else setting.timesteps)
     looks = setting.method == "NFT" or (
@@ -381,10 +408,11 @@ def arrival(world: str, evaluations: list[Evaluation]) -> float | None:
     """The cost from which on a run is there: at the end, and nine times in ten until then."""
     run = Run(None, 0, 0, evaluations)
     there = [way(world, run, e) >= WAY and e.right >= RIGHT for e in evaluations]
-    if not there[-1]:
-        return None
-    stays = (k for k, now in enumerate(there) if now and sum(there[k:]) >= STAYS * len(there[k:]))
-    return evaluations[next(stays)].cost
+    for k, one in enumerate(evaluations):
+        stays = there[k] and there[-1] and sum(there[k:]) >= STAYS * len(there[k:])
+        if stays and run.end.cost >= LONG * one.cost:
+            return one.cost
+    return None
 
 
 # A run of it, evaluated on the way.

@@ -3,7 +3,7 @@
 A search draws settings at random, and halves: all of them run on one seed for a fifth of what is
 reported, the best of these on two seeds and as long as what is reported, and the best of these on
 more. Beside those drawn there are two for every method: the default of the repository's scripts,
-which goes all the way, and the same with what makes a step cheap. Then twice more with settings
+which goes all the way, and the same with what makes a step cheap. Then once more with settings
 around the best, among all that went before; and again while a chosen value is at an edge.
 """
 
@@ -20,7 +20,7 @@ from methods import RIGHT, WAY, Run, Setting, way
 TUNING_SEEDS = (100, 101, 102, 103, 104, 105)
 DRAWN, AROUND = 19, 8
 RUNGS = ((1, 0.2, 5), (2, 1.0, 2), (6, 1.0, 1))  # seeds, share of BUDGET, how many go on
-ROUNDS, MOST_ROUNDS = 3, 4
+ROUNDS, MOST_ROUNDS = 2, 3
 NEAR, REDRAWN = 0.15, 0.25  # of a range, to either side; and the chance of another choice
 
 

@@ -34,6 +34,8 @@ def dials(chosen: Chosen) -> Changes:
         "one update": change(best, updates=1),
         "gate frozen (beta 0.001)": change(best, beta=1e-3),
         "theta_old = theta, no bound": change(best, ema=None, bound=0.0),
+        "pairs, no bound": change(best, samples=2, bound=0.0),
+        "pairs, loser scaled": change(best, method="SDPO", samples=None, bound=0.0),
         "learning rate constant": change(best, decay=None),
         "theta itself evaluated": change(best, average=None),
         "ten rollout steps": change(best, rollout_steps=10),
@@ -139,6 +141,25 @@ SWEEPS = {
         "DGPO and Flow-GRPO as chosen, and each with one thing changed.",
     ),
 }
+
+
+STEPS = (3, 5, 10, 20)  # of a rollout
+
+
+def artefacts(reference: Reference, seed: int, world_name: str) -> dict:
+    """What rollouts of few steps leave of the reference's samples.
+
+    "rollouts": for each of STEPS, a dict with the share that is right and the distance from data.
+    """
+    torch.set_num_threads(1)
+    world, found = worlds.make(world_name), []
+    c = torch.arange(2000) % flow2d.CONDITIONS
+    noise = torch.randn(len(c), world.dims, generator=torch.Generator().manual_seed(seed))
+    for steps in STEPS:
+        right, distance, _ = world.judge(c, flow2d.sample(reference[0], c, noise, steps))
+        means = {"right": right.float().mean().item(), "distance": distance.mean().item()}
+        found.append({"steps": steps, **{k: round(v, 3) for k, v in means.items()}})
+    return {"rollouts": found}
 
 
 # How noisy the gradients are.
