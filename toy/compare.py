@@ -175,10 +175,11 @@ class Comparison:
         self,
         title: str,
         changes: dict[str, Setting],
-        seeds: tuple[int, ...] = SWEEP_SEEDS,
+        seeds: tuple[int, ...],
+        share: float = 1.0,
         followed: float = FOLLOWED,
     ) -> dict[str, list[Run]]:
-        found = self.results.runs(title, list(changes.values()), seeds, followed=followed)
+        found = self.results.runs(title, list(changes.values()), seeds, share, followed)
         return dict(zip(changes, found, strict=True))
 
     def family(self) -> list[Section]:
@@ -225,15 +226,15 @@ class Comparison:
             for name, setting in self.chosen(LIKE).items()
             if name in TRANSFERRED
         }
-        found = self.changed("transfer", changes)
+        found = self.changed("transfer", changes, SWEEP_SEEDS)
         rows = [[name, *figures.run_row(LARGE, runs)] for name, runs in found.items()]
         text = figures.table(["method", *figures.RUN_HEADER], rows)
         return [Section(f"{LARGE}, at the settings chosen in {LIKE}", text)]
 
     def sweep(self, name: str) -> list[Section]:
-        changes, worlds, text, followed = sweeps.SWEEPS[name]
+        changes, worlds, text, share, followed = sweeps.SWEEPS[name]
         found = {
-            world: self.changed(name, changes(self.chosen(world)), followed=followed)
+            world: self.changed(name, changes(self.chosen(world)), SWEEP_SEEDS, share, followed)
             for world in worlds
         }
         rows = [
