@@ -108,7 +108,8 @@ def test_sdpo_is_diffusion_dpo_where_the_loser_does_no_harm_and_else_spares_the_
     v = v_star + normal(6, 2, 3)
     with torch.no_grad():
         v[:3, 0] = v_star[:3, 0] - (v - v_star)[:3, 1]  # errors that point apart
-        v[3:, 0] = v_star[3:, 0] + 3 * (v - v_star)[3:, 1]  # and a loser's error thrice as large
+        v[3:5, 0] = v_star[3:5, 0] + 3 * (v - v_star)[3:5, 1]  # a loser's error thrice as large
+        v[5, 0] = v_star[5, 0] + 0.1 * (v - v_star)[5, 1]  # and one that is small
     v.requires_grad_()
     (ours,) = torch.autograd.grad(methods.sdpo_loss(v, v_star, loss_ref, beta), v)
     loss, A = (v - v_star).square().mean(2), torch.tensor([-1.0, 1.0], dtype=F64).expand(6, 2)
@@ -117,7 +118,8 @@ def test_sdpo_is_diffusion_dpo_where_the_loser_does_no_harm_and_else_spares_the_
     torch.testing.assert_close(ours[:3], theirs[:3])
     torch.testing.assert_close(ours[3:, 1], theirs[3:, 1])  # the winner's part is as it was
     # The loser's is as long as 0.9 of the winner's: a step along both still lowers L_w.
-    torch.testing.assert_close(ours[3:, 0].norm(dim=1), 0.9 * ours[3:, 1].norm(dim=1))
+    torch.testing.assert_close(ours[3:5, 0].norm(dim=1), 0.9 * ours[3:5, 1].norm(dim=1))
+    torch.testing.assert_close(ours[5], theirs[5])
 
 
 def test_awm_is_dgpo_with_its_gate_frozen():

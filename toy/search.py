@@ -3,8 +3,10 @@
 A search draws settings at random, and halves: all of them run on one seed for a fifth of what is
 reported, the best of these on two seeds and as long as what is reported, and the best of these on
 more. Beside those drawn there are two for every method: the default of the repository's scripts,
-which goes all the way, and the same with what makes a step cheap. Then once more with settings
-around the best, among all that went before; and again while a chosen value is at an edge.
+which goes all the way, and the same with what makes a step cheap; and where an earlier version of
+this comparison chose a setting, that, with five rollout steps. Where a method was searched for in
+other worlds before, what was chosen there is tried, too, and fewer are drawn. Then once more with
+settings around the best, among all that went before; and again while a chosen value is at an edge.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import NamedTuple
 from methods import RIGHT, WAY, Run, Setting, way
 
 TUNING_SEEDS = (100, 101, 102, 103, 104, 105)
-DRAWN, AROUND = 19, 8
+DRAWN, AROUND = 19, 8  # how many are drawn, and how many around the best
+DRAWN_LATER, AROUND_LATER = 4, 4  # ... in a world that takes settings from others, too
 RUNGS = ((1, 0.2, 5), (2, 1.0, 2), (6, 1.0, 1))  # seeds, share of BUDGET, how many go on
 ROUNDS, MOST_ROUNDS = 2, 3
 NEAR, REDRAWN = 0.15, 0.25  # of a range, to either side; and the chance of another choice
@@ -86,6 +89,32 @@ CHEAP = {  # few samples, cheaply drawn, each put to more use
     "ema": 0.8,
     "average": 0.9,
 }
+
+
+# What an earlier version chose, whose search was a grid: learning rate, beta, t_min, KL, SDE noise.
+EARLIER = {
+    ("ring-2", "DGPO"): (3e-3, 1.0, 0.3, 0.01, 0.0),
+    ("ring-2", "Flow-GRPO"): (1e-2, 1.0, 0.2, 0.1, 0.7),
+    ("ring-2", "Diffusion-DPO"): (3e-3, 1.0, 0.1, 0.01, 0.0),
+    ("ring-32", "DGPO"): (1e-3, 10.0, 0.1, 0.01, 0.0),
+    ("ring-32", "Flow-GRPO"): (3e-3, 1.0, 0.2, 0.1, 0.7),
+    ("ring-32", "Diffusion-DPO"): (1e-3, 10.0, 0.1, 0.1, 0.0),
+    ("ring-128", "DGPO"): (5e-4, 10.0, 0.3, 0.1, 0.0),
+    ("ring-128", "Flow-GRPO"): (3e-3, 1.0, 0.2, 0.01, 0.4),
+    ("ring-128", "Diffusion-DPO"): (1e-3, 10.0, 0.1, 0.1, 0.0),
+    ("blobs", "DGPO"): (3e-3, 10.0, 0.3, 0.1, 0.0),
+    ("blobs", "Flow-GRPO"): (3e-3, 1.0, 0.2, 0.1, 0.7),
+    ("blobs", "Diffusion-DPO"): (3e-3, 10.0, 0.3, 0.1, 0.0),
+}
+
+
+def earlier(world: str, method: Method) -> list[Setting]:
+    if (world, method.name) not in EARLIER:
+        return []
+    rate, beta, t_min, kl, noise = EARLIER[world, method.name]
+    chosen = {"learning_rate": rate, "beta": beta, "t_min": t_min, "kl": kl, "sde_noise": noise}
+    fixed = {**method.fixed, **chosen, "rollout_steps": 5, "prompts": 8, "timesteps": 4}
+    return [Setting(world, method.name, **fixed)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +236,8 @@ def at_edges(setting: Setting, dials: dict[str, Dial]) -> dict[str, str]:
     return {dial: edge for dial, edge in edges.items() if edge}
 
 
-def search(runs_of: Runner, world: str, name: str) -> Search:
-    """The two of every method and DRAWN others, halved; then AROUND more near the best.
+def search(runs_of: Runner, world: str, name: str, elsewhere: list[Setting]) -> Search:
+    """The two of every method, those of other worlds, and those drawn; then more near the best.
 
     A range in whose outer tenth the best lies is widened before settings are drawn around it.
     """
@@ -216,8 +245,11 @@ def search(runs_of: Runner, world: str, name: str) -> Search:
     dials, widened, spent, rungs, finalists = dict(method.dials), [], {}, [], {}
     default = Setting(world, method.name, **method.fixed)
     cheap = {dial: value for dial, value in CHEAP.items() if dial in dials}
-    settings = [default, dataclasses.replace(default, **cheap)]
-    settings += drawn(name, world, dials, DRAWN)
+    n, more = (DRAWN_LATER, AROUND_LATER) if elsewhere else (DRAWN, AROUND)
+    at_random = drawn(name, world, dials, n)
+    settings = [default, dataclasses.replace(default, **cheap), *at_random]
+    settings += [dataclasses.replace(setting, world=world) for setting in elsewhere]
+    settings += earlier(world, method)
     for round_ in range(1, MOST_ROUNDS + 1):
         rungs.append(halve(runs_of, name, settings))
         for rung, (_, share, _) in zip(rungs[-1], RUNGS, strict=True):
@@ -235,6 +267,6 @@ def search(runs_of: Runner, world: str, name: str) -> Search:
             dials[dial] = dials[dial].widened(edge)
             end = dials[dial].low if edge == "low" else dials[dial].high
             widened.append(f"{dial} to {end:.3g}")
-        settings = settings + around(best, dials, AROUND, round_)
-    runs = [one.runs[0] for one in rungs[0][0] if one.setting in settings[2 : 2 + DRAWN]]
+        settings = settings + around(best, dials, more, round_)
+    runs = [one.runs[0] for one in rungs[0][0] if one.setting in at_random]
     return Search(best, runs, settings, sum(spent.values()), widened, list(edges))

@@ -22,20 +22,24 @@ Changes = dict[str, Setting]  # by what is changed
 
 
 def dials(chosen: Chosen) -> Changes:
-    """DGPO with dials, as chosen, and each dial put back in turn."""
+    """DGPO with dials, as chosen, each dial moved in turn; and the family in its place."""
     best, change = chosen["DGPO with dials"], dataclasses.replace
+    plain = change(best, bound=0.0)
     changes = {
         "as chosen": best,
         "all of the group (m = 24)": change(best, samples=None),
         "pairs (m = 2)": change(best, samples=2),
-        "no bound": change(best, bound=0.0),
+        "no bound": plain,
         **{f"bound {k:g}": change(best, bound=k) for k in (1.0, 2.0, 4.0)},
         "bound to the reference": change(best, anchor="reference"),
         "one update": change(best, updates=1),
-        "gate frozen (beta 0.001)": change(best, beta=1e-3),
         "theta itself evaluated": change(best, average=None),
-        "pairs, no bound": change(best, samples=2, bound=0.0),
-        "pairs, loser scaled": change(best, method="SDPO", samples=None, bound=0.0),
+        "gate frozen (beta 0.001)": change(best, beta=1e-3),
+        "AWM: no gate, no bound": change(plain, method="AWM"),
+        "DiffusionNFT, b = 0.1": change(plain, method="NFT", beta=0.1),
+        "DiffusionNFT, b = 1": change(plain, method="NFT", beta=1.0),
+        "GPO": change(plain, method="GPO"),
+        "Diffusion-SDPO": change(plain, method="SDPO", samples=None),
     }
     return {name: one for name, one in changes.items() if name == "as chosen" or one != best}
 
@@ -86,14 +90,14 @@ def variants(chosen: Chosen) -> Changes:
         "SDE rollouts": change(best, sde_noise=0.7),
         "independent noise": change(best, shared_noise=False),
         "theta_old = theta": change(best, ema=None),
-        "theta_old an EMA, 0.9": change(best, ema=0.9),
-        "theta_old the reference, too": change(best, ema=0.98, ema_reference=True),
         "clip 0.1": change(best, ema=best.ema or 0.9, clip=0.1),
         "no KL": change(best, kl=0.0),
         "Flow-GRPO": flow_grpo,
         "Flow-GRPO, no KL": change(flow_grpo, kl=0.0),
-        "Flow-GRPO, half its steps": change(flow_grpo, trained_share=0.5),
-        "Flow-GRPO, all its steps": change(flow_grpo, trained_share=1.0),
+        "Flow-GRPO, all of the group": change(flow_grpo, samples=None),
+        "Flow-GRPO, other share of its steps": change(
+            flow_grpo, trained_share=1.5 - flow_grpo.trained_share
+        ),
     }
 
 
@@ -109,7 +113,8 @@ SWEEPS = {
     "dials": Sweep(
         dials,
         ("ring-2", "blobs"),
-        "DGPO with dials as chosen, and each dial put back or moved in turn.",
+        "DGPO with dials as chosen, each dial moved in turn, and its family in its place, all else "
+        "being equal.",
     ),
     "extremes": Sweep(
         extremes,
