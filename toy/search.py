@@ -20,8 +20,8 @@ from typing import NamedTuple
 from methods import RIGHT, WAY, Run, Setting, way
 
 TUNING_SEEDS = (100, 101, 102, 103, 104, 105)
-DRAWN, AROUND = 19, 8  # how many are drawn, and how many around the best
-DRAWN_LATER, AROUND_LATER = 4, 4  # ... in a world that takes settings from others, too
+DRAWN, DRAWN_LATER = 19, 4  # at random, and where settings from other worlds are tried, too
+AROUND = 8
 RUNGS = ((1, 0.2, 5), (2, 1.0, 2), (6, 1.0, 1))  # seeds, share of BUDGET, how many go on
 ROUNDS, MOST_ROUNDS = 2, 3
 NEAR, REDRAWN = 0.15, 0.25  # of a range, to either side; and the chance of another choice
@@ -245,8 +245,7 @@ def search(runs_of: Runner, world: str, name: str, elsewhere: list[Setting]) -> 
     dials, widened, spent, rungs, finalists = dict(method.dials), [], {}, [], {}
     default = Setting(world, method.name, **method.fixed)
     cheap = {dial: value for dial, value in CHEAP.items() if dial in dials}
-    n, more = (DRAWN_LATER, AROUND_LATER) if elsewhere else (DRAWN, AROUND)
-    at_random = drawn(name, world, dials, n)
+    at_random = drawn(name, world, dials, DRAWN_LATER if elsewhere else DRAWN)
     settings = [default, dataclasses.replace(default, **cheap), *at_random]
     settings += [dataclasses.replace(setting, world=world) for setting in elsewhere]
     settings += earlier(world, method)
@@ -267,6 +266,6 @@ def search(runs_of: Runner, world: str, name: str, elsewhere: list[Setting]) -> 
             dials[dial] = dials[dial].widened(edge)
             end = dials[dial].low if edge == "low" else dials[dial].high
             widened.append(f"{dial} to {end:.3g}")
-        settings = settings + around(best, dials, more, round_)
+        settings = settings + around(best, dials, AROUND, round_)
     runs = [one.runs[0] for one in rungs[0][0] if one.setting in at_random]
     return Search(best, runs, settings, sum(spent.values()), widened, list(edges))
