@@ -139,10 +139,17 @@ def changed_fields(setting: Setting) -> dict:
     return {k: v for k, v in dataclasses.asdict(setting).items() if v != defaults[k]}
 
 
-# What is compared where. A world that is too slow to search in takes the settings of another.
-COMPARED = {world: tuple(METHODS) for world in ("ring-2", "blobs", "ring-32", "ring-128")}
+# What is searched for where. The other methods are in the sweep "dials", at settings not their own.
+# A world that is too slow to search in takes the settings of another.
+MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")
+COMPARED = {
+    "ring-2": (*MAIN, "Diffusion-DPO"),
+    "blobs": MAIN,
+    "ring-32": MAIN,
+    "ring-128": MAIN,
+}
 FIRST_WORLDS = ("ring-2", "blobs")  # what is chosen there is tried in the others, too
-LARGE, LIKE, TRANSFERRED = "ring-512", "ring-128", ("DGPO", "DGPO with dials", "Flow-GRPO")
+LARGE, LIKE = "ring-512", "ring-128"
 
 
 class Section(NamedTuple):
@@ -227,7 +234,7 @@ class Comparison:
         changes = {
             name: dataclasses.replace(setting, world=LARGE)
             for name, setting in self.chosen(LIKE).items()
-            if name in TRANSFERRED
+            if name in MAIN
         }
         found = self.changed("transfer", changes, SWEEP_SEEDS)
         rows = [[name, *figures.run_row(LARGE, runs)] for name, runs in found.items()]
