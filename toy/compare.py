@@ -11,13 +11,15 @@ are shown beside what was reported: two minutes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import figures
 import matplotlib.pyplot as plt
@@ -43,6 +45,10 @@ VERSION = 3  # of what a run means; results of another version are computed agai
 
 FRESH_SEEDS = tuple(range(10))
 SWEEP_SEEDS = FRESH_SEEDS[:4]
+
+
+class Missing(cli.Fault):
+    """Runs that are not kept, where nothing is to be computed."""
 
 
 class Results:
@@ -91,7 +97,7 @@ class Results:
         keys = [json.dumps([task[0].__name__, *task[1:]], default=changed_fields) for task in tasks]
         missing = {k: t for k, t in zip(keys, tasks, strict=True) if k not in self.kept[world]}
         if missing and not self.compute:
-            raise cli.Fault(f"not finished yet: {len(missing)} runs of {title} in {world}")
+            raise Missing(f"not finished yet: {len(missing)} runs of {title} in {world}")
         for seed in sorted({seed for _, seed, *_ in missing.values()}):
             if (world, seed) not in self.references:
                 self.references[world, seed] = self.pool.submit(pretrained, world, seed)
@@ -139,17 +145,10 @@ def changed_fields(setting: Setting) -> dict:
     return {k: v for k, v in dataclasses.asdict(setting).items() if v != defaults[k]}
 
 
-# What is searched for where. The other methods are in the sweep "dials", at settings not their own.
-# A world that is too slow to search in takes the settings of another.
-MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")
-COMPARED = {
-    "ring-2": (*MAIN, "Diffusion-DPO"),
-    "blobs": MAIN,
-    "ring-32": MAIN,
-    "ring-128": MAIN,
-}
+COMPARED = {world: tuple(METHODS) for world in ("ring-2", "blobs", "ring-32", "ring-128")}
+MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")  # what sweeps are around, and the check is of
 FIRST_WORLDS = ("ring-2", "blobs")  # what is chosen there is tried in the others, too
-LARGE, LIKE = "ring-512", "ring-128"
+LARGE, LIKE = "ring-512", "ring-128"  # a world too slow to search in takes another's settings
 
 
 class Section(NamedTuple):
@@ -166,6 +165,7 @@ class Comparison:
     def __init__(self, results: Results, out: Path, draw: bool = True):
         self.results, self.out, self.draw = results, out, draw
         self.searches: dict[tuple[str, str], Search] = {}
+        self.missing: list[str] = []
 
     def search(self, world: str, name: str) -> Search:
         if (world, name) not in self.searches:
@@ -174,12 +174,21 @@ class Comparison:
             self.searches[world, name] = search(self.results.runs, world, name, elsewhere)
         return self.searches[world, name]
 
-    def chosen(self, world: str) -> dict[str, Setting]:
-        return {name: self.search(world, name).best for name in COMPARED[world]}
+    def chosen(self, world: str, names: tuple[str, ...] = MAIN) -> dict[str, Setting]:
+        return {name: self.search(world, name).best for name in names}
 
-    def reported(self, world: str) -> dict[str, list[Run]]:
-        """The runs of all methods on the fresh seeds, each at its chosen setting."""
-        return self.changed("report", self.chosen(world), FRESH_SEEDS)
+    def reported(self, world: str, name: str) -> list[Run]:
+        """The runs of a method at its chosen setting, on the fresh seeds."""
+        chosen = self.chosen(world, (name,))
+        return self.changed(f"report, {name}", chosen, FRESH_SEEDS)[name]
+
+    def measured(self, make: Callable[[], Any], what: str) -> Any:
+        """What make() gives; None, and noted as missing, if it cannot without computing."""
+        try:
+            return make()
+        except Missing:
+            self.missing.append(what)
+            return None
 
     def changed(
         self,
@@ -199,7 +208,13 @@ class Comparison:
 
     def methods(self) -> list[Section]:
         """Figs. 1 and 3: what it costs to arrive, how many settings do, and what is kept."""
-        found = {world: self.reported(world) for world in COMPARED}
+        found: dict[str, dict[str, list[Run]]] = {}
+        for world, names in COMPARED.items():
+            for name in names:
+                make = functools.partial(self.reported, world, name)
+                runs = self.measured(make, f"{name} in {world}")
+                if runs:
+                    found.setdefault(world, {})[name] = runs
         drawn = {
             world: {name: self.search(world, name).drawn for name in by_method}
             for world, by_method in found.items()
@@ -209,7 +224,7 @@ class Comparison:
             for name, runs in by_method.items():
                 about, first = self.search(world, name), drawn[world][name]
                 arrive = sum(run.arrived is not None for run in first)
-                ratio = figures.ratio_cell(by_method["DGPO with dials"], runs)
+                ratio = figures.ratio_cell(by_method["DGPO"], runs) if "DGPO" in by_method else "-"
                 row = [world, name, *figures.run_row(world, runs), ratio]
                 rows.append([*row, f"{arrive} of {len(first)}", f"{about.spent / 1e6:.0f}"])
                 fields = changed_fields(about.best)
@@ -220,7 +235,7 @@ class Comparison:
             figures.plot_speed(self.out / "speed.png", found)
             figures.plot_cost(self.out / "cost.png", found)
             figures.plot_search(self.out / "search.png", drawn)
-        header = ["world", "method", *figures.RUN_HEADER, "cost, over DGPO with dials"]
+        header = ["world", "method", *figures.RUN_HEADER, "cost, over DGPO"]
         header += ["drawn settings that arrive", "search, millions of forwards"]
         wide = ["world", "method", "chosen, where it is not the default", "widened", "at an edge"]
         return [
@@ -241,12 +256,19 @@ class Comparison:
         text = figures.table(["method", *figures.RUN_HEADER], rows)
         return [Section(f"{LARGE}, at the settings chosen in {LIKE}", text)]
 
+    def changes_of(self, name: str, world: str) -> dict[str, list[Run]]:
+        changes, _, _, share, followed = sweeps.SWEEPS[name]
+        return self.changed(name, changes(self.chosen(world)), SWEEP_SEEDS, share, followed)
+
     def sweep(self, name: str) -> list[Section]:
-        changes, worlds, text, share, followed = sweeps.SWEEPS[name]
-        found = {
-            world: self.changed(name, changes(self.chosen(world)), SWEEP_SEEDS, share, followed)
-            for world in worlds
-        }
+        _, worlds, text, _, _ = sweeps.SWEEPS[name]
+        found = {}
+        for world in worlds:
+            make = functools.partial(self.changes_of, name, world)
+            of_world = self.measured(make, f"the sweep {name} in {world}")
+            found |= {world: of_world} if of_world else {}
+        if not found:
+            return []
         rows = [
             [world, change, *figures.run_row(world, runs)]
             for world, by_name in found.items()
@@ -292,18 +314,20 @@ class Comparison:
         return [Section("Noise", text + figures.table(header, signals), "noise.png")]
 
     def sections(self, name: str) -> list[Section]:
-        return self.sweep(name) if name in sweeps.SWEEPS else getattr(self, name)()
+        """An experiment by its name. What is missing where nothing is computed is noted."""
+        make = (lambda: self.sweep(name)) if name in sweeps.SWEEPS else getattr(self, name)
+        return self.measured(make, f"the experiment {name}") or []
 
     def check(self, names: list[str], worlds: list[str], seeds: tuple[int, ...]) -> str:
         """The chosen settings on other seeds, beside what was reported. Nothing is kept."""
         rows, again = [], Results(self.results.folder, keep=False)
         for world in worlds:
-            names_here = [name for name in COMPARED[world] if name in names]
-            chosen, reported = self.chosen(world), self.reported(world)
-            settings = [chosen[name] for name in names_here]
+            names_here = tuple(name for name in COMPARED[world] if name in names)
+            settings = list(self.chosen(world, names_here).values())
             found = again.runs("check", settings, seeds)
             for name, runs in zip(names_here, found, strict=True):
-                before, now = (figures.run_row(world, r)[:3] for r in (reported[name], runs))
+                both = self.reported(world, name), runs
+                before, now = (figures.run_row(world, each)[:3] for each in both)
                 rows.append([world, name, *before, *now])
         header = ["arrived", "cost, thousands", "right"]
         header = [f"{what}, {when}" for when in ("reported", "now") for what in header]
@@ -332,7 +356,7 @@ class Arguments:
         ["ring-2", "blobs"], "Without --full, the worlds to run in.", choices=tuple(COMPARED)
     )
     methods: list[str] = cli.option(
-        ["DGPO", "DGPO with dials", "Flow-GRPO"],
+        list(MAIN),
         "Without --full, the methods to run.",
         choices=tuple(METHODS),
     )
@@ -364,7 +388,8 @@ def main(argv: list[str] | None = None) -> None:
         for title, text, _ in sections[-1:]:
             print(f"\n## {title}\n\n{text}", flush=True)
     if not args.only:
-        cli.replace_file(out / "README.md", lambda path: path.write_text(page(sections)))
+        text = page(sections, comparison.missing)
+        cli.replace_file(out / "README.md", lambda path: path.write_text(text))
 
 
 # The words of toy/results/README.md.
@@ -413,6 +438,8 @@ SEARCHED = (
     "the right of the dashed lines a run is there."
 )
 
+NOT_MEASURED = "`python toy/compare.py --full` goes on with:"
+
 SHARING = (
     "Variance over eps with one eps for a group, over that with an eps for each sample: of the gap "
     "and of its gradient, for fixed samples of a model after 30 iterations. Above 1, sharing hurts."
@@ -424,13 +451,15 @@ SIGNAL = (
 )
 
 
-def page(sections: list[Section]) -> str:
+def page(sections: list[Section], missing: list[str]) -> str:
     """toy/results/README.md."""
     parts = [INTRODUCTION]
     for title, text, picture in sections:
         parts.append(f"## {title}")
         parts += [f"![{title}]({picture})"] if picture else []
         parts.append(text)
+    if missing:
+        parts += ["## Not measured yet", f"{NOT_MEASURED} {', '.join(missing)}."]
     return "\n\n".join(parts) + "\n"
 
 
