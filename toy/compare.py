@@ -384,9 +384,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     sections = []
     for name in [args.only] if args.only else EXPERIMENTS:
-        sections += comparison.sections(name)
-        for title, text, _ in sections[-1:]:
+        found = comparison.sections(name)
+        for title, text, _ in found:
             print(f"\n## {title}\n\n{text}", flush=True)
+        sections += found
     if not args.only:
         text = page(sections, comparison.missing)
         cli.replace_file(out / "README.md", lambda path: path.write_text(text))

@@ -154,11 +154,13 @@ def plot_cost(path: Path, found: Worlds) -> None:
         for i, (name, runs) in enumerate(by_method.items()):
             mean, low, high = interval([run.restricted() for run in runs])
             color, _, marker = STYLES[name]
-            there = sum(run.arrived is not None for run in runs)
             style = {"fmt": marker, "color": color, "ms": 9, "capsize": 4, "lw": 2}
             panel.errorbar(mean, i, xerr=[[mean - low], [high - mean]], **style)
-            panel.text(1.9e4, i, f"{there}/{len(runs)}", va="center", ha="right", fontsize=12)
-        panel.set_yticks(range(len(by_method)), list(by_method), fontsize=13)
+        labels = [
+            f"{name}, {sum(run.arrived is not None for run in runs)} of {len(runs)}"
+            for name, runs in by_method.items()
+        ]
+        panel.set_yticks(range(len(by_method)), labels, fontsize=13)
         panel.set(xscale="log", xlim=(1e4, 1.1 * BUDGET), ylim=(len(by_method) - 0.5, -0.5))
         panel.grid(axis="x", color="0.9")
     save(figure, path, "cost to arrive, forwards of one sample; a failure counts as all", "")

@@ -6,7 +6,8 @@ more. Beside those drawn there are two for every method: the default of the repo
 which goes all the way, and the same with what makes a step cheap; and where an earlier version of
 this comparison chose a setting, that, with five rollout steps. Where a method was searched for in
 other worlds before, what was chosen there is tried, too, and fewer are drawn. Then once more with
-settings around the best, among all that went before; and again while a chosen value is at an edge.
+settings around the best, among all that went before; and a third time if the best is at an edge of a
+range, or has failed on a seed.
 """
 
 from __future__ import annotations
@@ -258,9 +259,10 @@ def search(runs_of: Runner, world: str, name: str, elsewhere: list[Setting]) -> 
                 }
         # The best of an earlier round stays the best until another beats it on all seeds.
         finalists |= {one.setting: one for one in rungs[-1][-1]}
-        best = min(finalists.values(), key=Scored.order).setting
+        first = min(finalists.values(), key=Scored.order)
+        best, fails = first.setting, any(run.arrived is None for run in first.runs)
         edges = at_edges(best, dials)
-        if round_ == MOST_ROUNDS or (round_ >= ROUNDS and not edges):
+        if round_ == MOST_ROUNDS or (round_ >= ROUNDS and not edges and not fails):
             break
         for dial, edge in edges.items():
             dials[dial] = dials[dial].widened(edge)

@@ -58,8 +58,11 @@ def extremes(chosen: Chosen) -> Changes:
 
 def clips(chosen: Chosen) -> Changes:
     """Fig. 4, where rollouts have artefacts: in three steps."""
-    best = dataclasses.replace(chosen["DGPO"], rollout_steps=3)
-    return {f"t_min {t:g}": dataclasses.replace(best, t_min=t) for t in (0, 0.1, 0.2, 0.3, 0.5)}
+    return {
+        f"{name}, t_min {t:g}": dataclasses.replace(chosen[name], rollout_steps=3, t_min=t)
+        for name in ("DGPO", "DGPO with dials")
+        for t in (0, 0.1, 0.2, 0.3, 0.5)
+    }
 
 
 def betas(chosen: Chosen) -> Changes:
@@ -123,8 +126,8 @@ SWEEPS = {
     ),
     "clip": Sweep(
         clips,
-        ("blobs", "ring-32"),
-        "DGPO as chosen, but with rollouts of three steps, which have artefacts.",
+        ("blobs",),
+        "As chosen, but with rollouts of three steps, which have artefacts.",
     ),
     "beta": Sweep(
         betas,
