@@ -130,7 +130,8 @@ def test_a_search_prefers_what_stays_to_what_is_fast():
 
 def test_the_best_of_a_round_is_not_lost_to_luck_on_two_seeds(monkeypatch):
     """What is drawn around it does better on the first two seeds, and worse on the others."""
-    monkeypatch.setattr(search, "DRAWN", 1)
+    for name, value in {"DRAWN": 1, "CHEAP": {}, "EARLIER": {}}.items():
+        monkeypatch.setattr(search, name, value)
     drawn = search.drawn("DGPO", "ring-2", search.METHODS["DGPO"].dials, 1)[0]
 
     def cost(setting, seed):
@@ -156,10 +157,19 @@ def test_a_best_at_an_edge_widens_the_range_until_it_is_not(monkeypatch):
     assert searched(cost)[0].edges == ["learning_rate"]
 
 
-def test_every_method_is_searched_as_hard():
-    sizes = {name: searched(lambda s, seed: 1e6 / (1 + s.beta), name)[1] for name in search.METHODS}
-    assert len({len(asked[0][0]) for asked in sizes.values()}) == 1
-    assert len(sizes["DGPO"][0][0]) == search.DRAWN + 2
+def test_every_method_is_searched_as_hard(monkeypatch):
+    """Where all arrive and nothing is at an edge; but for what an earlier version chose."""
+    monkeypatch.setattr(search, "EARLIER", {})
+    monkeypatch.setattr(search, "at_edges", lambda *_: {})
+    for name in search.METHODS:
+        found, asked = searched(lambda s, seed: 1e6 / (1 + s.beta), name)
+        assert len(asked) == 3 * search.ROUNDS and len(asked[0][0]) == 2 + search.DRAWN
+        assert len(found.tried) == 2 + search.DRAWN + search.AROUND
+
+
+def test_a_search_goes_on_where_its_best_fails():
+    found, asked = searched(lambda s, seed: None if seed == 105 else 1e5)
+    assert len(asked) == 3 * search.MOST_ROUNDS
 
 
 # The numbers that are shown.

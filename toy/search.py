@@ -6,8 +6,8 @@ more. Beside those drawn there are two for every method: the default of the repo
 which goes all the way, and the same with what makes a step cheap; and where an earlier version of
 this comparison chose a setting, that, with five rollout steps. Where a method was searched for in
 other worlds before, what was chosen there is tried, too, and fewer are drawn. Then once more with
-settings around the best, among all that went before; and a third time if the best is at an edge of a
-range, or has failed on a seed.
+settings around the best, among all that went before; and a third time if the best is at an edge of
+a range, or has failed on a seed.
 """
 
 from __future__ import annotations
