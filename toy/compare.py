@@ -36,7 +36,7 @@ from methods import (
     pretrained,
     run_setting,
 )
-from search import AROUND, DRAWN, METHODS, RUNGS, TUNING_SEEDS, Search, search
+from search import AROUND, DRAWN, DRAWN_LATER, METHODS, RUNGS, TUNING_SEEDS, Search, search
 from tqdm import tqdm
 
 import cli
@@ -413,11 +413,13 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   {BUDGET:,} forwards ends before; then it must have been there for a sixth of the run.
 - **Cost to arrive** is the restricted mean: the mean over seeds, a run that does not arrive
   counting as the whole budget. In brackets: its 95 % interval, a percentile bootstrap over seeds.
-- **Search** ([search.py](../search.py)), alike for every method in every world: the default of
-  this repository's scripts, the same with cheaper steps, {DRAWN} settings drawn at random and
-  {AROUND} more around the best, halved by the restricted mean cost. The last rung has
-  {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the best lies is
-  widened and searched again, as the table says.
+- **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
+  scripts, the same with cheaper steps, what an earlier version of this comparison chose, {DRAWN}
+  settings drawn at random ({DRAWN_LATER} in ring-32 and ring-128, where what was chosen in ring-2
+  and blobs is tried) and {AROUND} more around the best, or twice {AROUND} where it fails on a seed;
+  halved by the restricted mean cost. The last rung has {RUNGS[-1][0]} seeds and the budget of a
+  report. A range in whose outer tenth the best lies is widened and searched again, as the table
+  says.
 - **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3."""
 
 FAMILY = """What becomes of one sample as v moves away from v_old, by the functions that train.

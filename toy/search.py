@@ -3,11 +3,11 @@
 A search draws settings at random, and halves: all of them run on one seed for a fifth of what is
 reported, the best of these on two seeds and as long as what is reported, and the best of these on
 more. Beside those drawn there are two for every method: the default of the repository's scripts,
-which goes all the way, and the same with what makes a step cheap; and where an earlier version of
-this comparison chose a setting, that, with five rollout steps. Where a method was searched for in
-other worlds before, what was chosen there is tried, too, and fewer are drawn. Then once more with
-settings around the best, among all that went before; and a third time if the best is at an edge of
-a range, or has failed on a seed.
+which goes all the way, and the same with what makes a step cheap. Where an earlier version of this
+comparison chose a setting, it is tried, too, with ten and with five rollout steps. Where a method
+was searched for in other worlds before, what was chosen there is tried, and fewer are drawn. Then
+once more with settings around the best, among all that went before; and a third time if the best is
+at an edge of a range, or has failed on a seed.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def earlier(world: str, method: Method) -> list[Setting]:
         return []
     rate, beta, t_min, kl, noise = EARLIER[world, method.name]
     chosen = {"learning_rate": rate, "beta": beta, "t_min": t_min, "kl": kl, "sde_noise": noise}
-    fixed = {**method.fixed, **chosen, "rollout_steps": 5, "prompts": 8, "timesteps": 4}
-    return [Setting(world, method.name, **fixed)]
+    fixed = {**method.fixed, **chosen, "prompts": 8, "timesteps": 4}
+    return [Setting(world, method.name, **fixed, rollout_steps=steps) for steps in (10, 5)]
 
 
 @dataclasses.dataclass(frozen=True)
