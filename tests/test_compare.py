@@ -74,10 +74,11 @@ def test_a_run_that_leaves_goes_on_to_the_end_of_the_budget(monkeypatch):
     assert found.restricted() == BUDGET
 
 
-@pytest.mark.parametrize("reward", [-17.0, float("nan")])
-def test_a_lost_run_ends_at_once(reward, monkeypatch):
-    found = scripted(monkeypatch, [-8.0, *[0.0] * 3, reward, *[0.0] * 100])
-    assert found.arrived is None and found.end.cost == 300_000
+def test_a_run_may_come_back_from_afar_but_not_from_nowhere(monkeypatch):
+    back = scripted(monkeypatch, [-8.0, -1000.0, *[0.0] * 100])
+    assert back.arrived == 200_000
+    gone = scripted(monkeypatch, [-8.0, *[0.0] * 3, float("nan"), *[0.0] * 100])
+    assert gone.arrived is None and gone.end.cost == 300_000
 
 
 # The search.

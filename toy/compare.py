@@ -258,7 +258,7 @@ class Comparison:
 
     def changes_of(self, name: str, world: str) -> dict[str, list[Run]]:
         changes, _, _, share, followed = sweeps.SWEEPS[name]
-        return self.changed(name, changes(self.chosen(world)), SWEEP_SEEDS, share, followed)
+        return self.changed(name, changes(sweeps.BASES[world]), SWEEP_SEEDS, share, followed)
 
     def sweep(self, name: str) -> list[Section]:
         _, worlds, text, _, _ = sweeps.SWEEPS[name]

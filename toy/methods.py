@@ -47,7 +47,6 @@ STAYS = 0.9  # arrived: there at the end, in this share of the evaluations until
 LONG = 1.2  # ... and until this many times the cost at which it got there
 FOLLOWED = 4.0  # a run that has arrived ends at this many times that cost ...
 AT_LEAST = 0.25  # ... and not before this share of BUDGET
-LOST = -1.0  # a run that has gone this way, away from the best, is stopped
 
 
 PAIRS = ("Diffusion-DPO", "SDPO")  # the methods that train on the two extremes of a group alone
@@ -468,7 +467,7 @@ def run_setting(
             if cost < min(due, budget):
                 continue
             now, due = evaluate(cost), max(cost + FIRST, APART * cost)
-            if not all(map(math.isfinite, now)) or way(setting.world, found, now) < LOST:
+            if not all(map(math.isfinite, now)):
                 found.arrived = None
                 break
             found.evaluations.append(now)
