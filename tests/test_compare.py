@@ -168,11 +168,6 @@ def test_every_method_is_searched_as_hard(monkeypatch):
         assert len(found.tried) == 2 + search.DRAWN + search.AROUND
 
 
-def test_a_search_goes_on_where_its_best_fails():
-    found, asked = searched(lambda s, seed: None if seed == 105 else 1e5)
-    assert len(asked) == 3 * search.MOST_ROUNDS
-
-
 # The numbers that are shown.
 
 
@@ -335,7 +330,7 @@ def test_the_scripts_default_is_among_those_tried(kept):
     """run_2d.py's, as its --help says: no plain setting of this repository was left out."""
     command = [sys.executable, str(ROOT / "toy" / "run_2d.py"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    text = " ".join(text.split())
+    text = " ".join(text.split("options:")[1].split())
     names = {name: name for name in ("beta", "kl", "t_min", "learning_rate", "group_size")}
     names |= {"rollout_steps": "rollout_steps", "prompts": "prompts"}
     default = {}
@@ -360,7 +355,7 @@ def test_a_chosen_setting_is_at_no_edge_or_the_table_says_so(kept):
         found = kept.search(world, name)
         (line,) = [
             line
-            for line in page.split("## What they chose")[1].splitlines()
+            for line in page.split("## What they chose")[1].split("\n## ")[0].splitlines()
             if line.startswith(f"| {world} | {name} | ")
         ]
         edges = line.split(" | ")[-1].removesuffix(" |")

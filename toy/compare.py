@@ -416,10 +416,11 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
 - **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
   scripts, the same with cheaper steps, what an earlier version of this comparison chose, {DRAWN}
   settings drawn at random ({DRAWN_LATER} in ring-32 and ring-128, where what was chosen in ring-2
-  and blobs is tried) and {AROUND} more around the best, or twice {AROUND} where it fails on a seed;
-  halved by the restricted mean cost. The last rung has {RUNGS[-1][0]} seeds and the budget of a
-  report. A range in whose outer tenth the best lies is widened and searched again, as the table
-  says.
+  and blobs is tried) and {AROUND} more around the best, halved by the restricted mean
+  cost. The last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer
+  tenth the best lies is widened and searched again, as the table says. Of the searches' runs that
+  are kept here, one in thirty was stopped early, as its reward had fallen as far below the base as
+  the best is above it; a run is no longer stopped for that, as some come back.
 - **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3."""
 
 FAMILY = """What becomes of one sample as v moves away from v_old, by the functions that train.

@@ -78,7 +78,8 @@ def run_row(world: str, runs: list[Run]) -> list[str]:
         interval([run.end.spread for run in runs])[0],
         interval([way(world, run) for run in runs])[0],
     ]
-    return [f"{there} of {len(runs)}", cost, *(f"{value:.2f}" for value in ends)]
+    shown = (f"{value:.2f}" if abs(value) < 1e3 else "blown up" for value in ends)
+    return [f"{there} of {len(runs)}", cost, *shown]
 
 
 def ratio_cell(runs: list[Run], other: list[Run]) -> str:

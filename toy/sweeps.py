@@ -19,8 +19,8 @@ import dgpo
 
 Chosen = dict[str, Setting]  # by the name of a method, in one world
 
-# What sweeps are around: settings that arrive, as a search had chosen them when the sweeps were run.
-# They stand here, so that a search that finds better ones leaves the sweeps as they are.
+# What sweeps are around: settings that a search has chosen. They stand here, so that a search that
+# finds better ones leaves the sweeps as they are.
 BASES: dict[str, Chosen] = {
     "ring-2": {
         "DGPO": Setting(
