@@ -322,10 +322,18 @@ class Comparison:
         """The chosen settings on other seeds, beside what was reported. Nothing is kept."""
         rows, again = [], Results(self.results.folder, keep=False)
         for world in worlds:
-            names_here = tuple(name for name in COMPARED[world] if name in names)
-            settings = list(self.chosen(world, names_here).values())
-            found = again.runs("check", settings, seeds)
-            for name, runs in zip(names_here, found, strict=True):
+            here = tuple(
+                name
+                for name in COMPARED[world]
+                if name in names
+                and self.measured(functools.partial(self.reported, world, name), "")
+            )
+            if not here:
+                raise Missing(
+                    f"none of these methods was searched for in {world}; run --full first"
+                )
+            found = again.runs("check", list(self.chosen(world, here).values()), seeds)
+            for name, runs in zip(here, found, strict=True):
                 both = self.reported(world, name), runs
                 before, now = (figures.run_row(world, each)[:3] for each in both)
                 rows.append([world, name, *before, *now])

@@ -232,10 +232,10 @@ def plot_extremes(path: Path, found: Worlds, curves: dict[str, tuple[int, ...]])
             mean, low, high = (torch.tensor(column) for column in zip(*means, strict=True))
             panel.plot(values, mean, line + marker, color=color, lw=2, ms=8, label=name)
             panel.fill_between(values, low, high, color=color, alpha=0.15, lw=0)
-        panel.set(xscale="log", yscale="log")
+        panel.set(xscale="log", ylim=(0, None))
         panel.set_xticks(values, values)
         panel.minorticks_off()
-    save(figure, path, "samples of a group of 24 that are trained on", "cost to arrive", axes[0])
+    save(figure, path, "samples of a group of 24 that are trained on", "cost, thousands", axes[0])
 
 
 def plot_noise(path: Path, found: dict[str, dict[int, dict]]) -> None:
