@@ -1,261 +1,366 @@
-"""The comparison is fair, counts what it costs, and loses nothing that is finished."""
+"""The comparison is fair, says what it found, and loses nothing that is finished."""
 
-import copy
 import dataclasses
 import json
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import compare
+import figures
 import flow2d
+import methods
 import pytest
-import torch
+import search
+import sweeps
+from methods import BUDGET, Evaluation, Run, Setting
 
-import dgpo
-
-
-def setting(method, **fields):
-    return compare.Setting("ring-2", method, t_min=0.2, **fields)
-
-
-SETTINGS = {
-    "DGPO": setting("DGPO"),
-    "DGPO with SDE rollouts": setting("DGPO", sde_noise=0.7, ema=0.5),
-    "DGPO with an EMA reference": setting("DGPO", ema=0.5, ema_reference=True, updates=2),
-    "Diffusion-DPO": setting("Diffusion-DPO", offline=True),
-    "GPO": setting("GPO", shared_noise=False, rollout_steps=5),
-    "Flow-GRPO": setting("Flow-GRPO", sde_noise=0.7),
-    "Flow-GRPO, 5 steps": setting("Flow-GRPO", sde_noise=0.7, trained_steps=5),
-    "Flow-GRPO, 4 updates": setting(
-        "Flow-GRPO", learning_rate=5e-4, sde_noise=0.7, updates=4, clip=0.05
-    ),
-}
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "toy" / "results"
 
 
-def seeded():
-    return torch.Generator().manual_seed(0)
+def evaluation(cost, reward, right=0.9, spread=1.0, distance=1.0):
+    return Evaluation(cost, reward, right, spread, distance)
 
 
-def short(of, iterations):
-    return dataclasses.replace(of, iterations=iterations)
+def run(arrived, right=0.9):
+    end = evaluation(BUDGET, -0.1, right)
+    return Run(arrived, BUDGET, 1.0, [evaluation(0, -8.0), end])
 
 
-def test_dgpo_here_is_algorithm_1_there(model):
-    """The common loop with DGPO in it takes the steps of dgpo.train, to the bit."""
-    here, there = copy.deepcopy(model), copy.deepcopy(model)
-    for _ in compare.learn(here, short(SETTINGS["DGPO"], 5), seeded()):
-        pass
-    for _ in dgpo.train(
-        there,
-        flow2d.reward,
-        flow2d.sample_conditions,
-        (2,),
-        seeded(),
-        iterations=5,
-        prompts=8,
-        group_size=24,
-        beta=1.0,
-        learning_rate=1.5e-3,
-        t_min=0.2,
-        rollout_steps=10,
-        train_timesteps=4,
-        kl=0.01,
-    ):
-        pass
-    for a, b in zip(here.parameters(), there.parameters(), strict=True):
-        assert torch.equal(a, b)
+# Runs.
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_cost_is_what_the_network_evaluated(name, model, monkeypatch):
-    """A forward counts 1 for each sample, one with a backward to come 3."""
-    counted = 0
-    original = flow2d.VelocityNet.forward
-
-    def forward(self, x, t, c):
-        nonlocal counted
-        v = original(self, x, t, c)
-        counted += len(x) * (3 if v.requires_grad else 1)
-        return v
-
-    monkeypatch.setattr(flow2d.VelocityNet, "forward", forward)
-    # GPO asks the reference for a velocity with the graph on, but it has no parameters to train.
-    for cost in compare.learn(model, short(SETTINGS[name], 2), seeded()):
-        assert cost == counted
-        counted = 0
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_method_learns(name, model):
-    c = torch.arange(4).repeat_interleave(200)
-    noise = torch.randn(800, 2, generator=seeded())
-    before = flow2d.reward(c, flow2d.sample(model, c, noise)).mean()
-    for _ in compare.learn(model, short(SETTINGS[name], 60), seeded()):
-        pass
-    assert flow2d.reward(c, flow2d.sample(model, c, noise)).mean() > before + 1
-
-
-def test_several_updates_meet_the_clip(model, monkeypatch):
-    """The first update from a rollout is at rho = 1, the later ones are not."""
-    ratios = []
-    original = compare.baselines.flow_grpo_loss
-
-    def loss(log_prob, log_prob_old, advantages, clip):
-        ratios.append((log_prob - log_prob_old).exp().sub(1).abs().max().item())
-        return original(log_prob, log_prob_old, advantages, clip)
-
-    monkeypatch.setattr(compare.baselines, "flow_grpo_loss", loss)
-    for _ in compare.learn(model, short(SETTINGS["Flow-GRPO, 4 updates"], 2), seeded()):
-        pass
-    assert ratios[0] == ratios[4] == 0 and min(ratios[1:4] + ratios[5:]) > 0.05
-
-
-def cell(*evaluations):
-    return {"evaluations": [list(map(float, e)) for e in evaluations], "seconds": 1.0}
-
-
-def test_arrival_asks_for_reward_and_quality_from_then_on_and_at_the_end():
-    start, hacked = (0, 0, -8, 0.9, 9, 1), (10, 100, -0.1, 0.5, 1, 1)
-    there, lost = (20, 200, -0.5, 0.9, 1, 1), (30, 300, -5, 0.9, 1, 1)
-    late = (40, 400, -0.4, 0.9, 1, 1)
+def test_arrival_needs_reward_and_quality_and_staying():
+    start, hacked = evaluation(0, -8.0), evaluation(10, 0.0, right=0.1)
+    there, lost, late = evaluation(20, -0.5), evaluation(30, -5.0), evaluation(40, -0.4)
 
     def arrival(*evaluations):
-        return compare.arrival(setting("DGPO"), cell(*evaluations))
+        return methods.arrival("ring-2", list(evaluations))
 
-    assert arrival(start, hacked, there)[1] == 200
+    assert arrival(start, hacked, there, late) == 20
+    assert arrival(start, hacked, there) is None  # not for long
     assert arrival(start, there, hacked) is None
     assert arrival(start, there, lost) is None
-    assert arrival(start, there, lost, late)[1] == 400
-    assert arrival(start, there, *[late] * 8, lost, late)[1] == 200
-    assert arrival(start, (5, 5, compare.BLOWN_UP, 0, 1e9, 1e9)) is None
+    assert arrival(start, there, lost, late, late._replace(cost=50)) == 40
+    assert arrival(start, there, *[late] * 8, lost, late) == 20
 
 
-def test_the_cost_ratio_is_paired_and_geometric():
-    start = (0, 0, -8, 0.9, 9, 1)
-    runs = {
-        "DGPO": [cell(start, (10, cost, -0.1, 0.9, 1, 1)) for cost in (100, 400, 300)],
-        "other": [cell(start, (10, cost, -0.1, 0.9, 1, 1)) for cost in (200, 800)] + [cell(start)],
-    }
-    tunings = {name: compare.Tuning(setting("DGPO"), [], []) for name in runs}
-    numbers, shown = compare.cost_ratio(tunings, runs, "other")
-    assert numbers == pytest.approx((2, 2, 2)) and shown == "2.00 [2.00, 2.00] (2 of 3 seeds)"
-    runs["other"] = [cell(start)] * 3
-    assert compare.cost_ratio(tunings, runs, "other") == (None, "- (0 of 3 seeds)")
-
-
-def test_interval_is_students():
-    mean, half = compare.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3 and half == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=5e-3)
-
-
-def test_tuning_prefers_what_never_fails_then_what_is_cheap(tmp_path, monkeypatch):
-    start = (0, 0, -8, 0.9, 9, 1)
-    reliable, cheap, fragile = (
-        [cell(start, (10, cost, -0.1, 0.9, 1, 1))] * 3 for cost in (9, 7, 1)
+def scripted(monkeypatch, rewards, cost=100_000):
+    """Makes methods.run_setting meet these rewards, one every `cost` forwards."""
+    seen = iter(rewards)
+    monkeypatch.setattr(methods, "learn", lambda *_: (cost * (i + 1) for i in range(10_000)))
+    world = dataclasses.replace(
+        methods.worlds.make("ring-2"), reward=lambda c, x: c * 0.0 + next(seen)
     )
-    fragile = [*fragile[:2], cell(start)]
-    monkeypatch.setattr(compare.Results, "run", lambda *_: reliable + cheap + fragile)
-    settings = [setting("DGPO", learning_rate=rate) for rate in (1.0, 2.0, 3.0)]
-    tuning = compare.tune(compare.Results(tmp_path), "DGPO", settings, (0, 1, 2))
-    assert tuning.best is settings[1] and tuning.arrived() == 8 / 9
+    right = world.judge
+    judge = lambda c, x: (right(c, x)[0] | True, *right(c, x)[1:])  # noqa: E731
+    world = dataclasses.replace(world, judge=judge)
+    monkeypatch.setattr(methods.worlds, "make", lambda name: world)
+    reference = flow2d.VelocityNet(), methods.torch.Generator().get_state()
+    return methods.run_setting(reference, 0, Setting("ring-2", "DGPO"), BUDGET)
 
 
-def test_every_method_has_as_many_settings():
-    assert {len(grid("blobs")) for grid in compare.METHODS.values()} == {24}
-    assert {len(set(grid("blobs"))) for grid in compare.METHODS.values()} == {24}
+def test_a_run_is_followed_after_it_has_arrived(monkeypatch):
+    found = scripted(monkeypatch, [-8.0, -4.0, *[0.0] * 100])
+    assert found.arrived == 200_000
+    assert found.end.cost == methods.FOLLOWED * 200_000
+
+
+def test_a_run_that_leaves_goes_on_to_the_end_of_the_budget(monkeypatch):
+    found = scripted(monkeypatch, [-8.0, 0.0, 0.0, *[-8.0] * 100])
+    assert found.arrived is None and found.end.cost == BUDGET
+    assert found.restricted() == BUDGET
+
+
+def test_a_run_may_come_back_from_afar_but_not_from_nowhere(monkeypatch):
+    back = scripted(monkeypatch, [-8.0, -1000.0, *[0.0] * 100])
+    assert back.arrived == 200_000
+    gone = scripted(monkeypatch, [-8.0, *[0.0] * 3, float("nan"), *[0.0] * 100])
+    assert gone.arrived is None and gone.end.cost == 300_000
+
+
+# The search.
+
+
+def test_a_dials_parts_are_met_once_and_alike_for_all():
+    one = search.drawn("DGPO", "ring-2", search.METHODS["DGPO"].dials, 10)
+    among = search.DENOISING["learning_rate"]
+    shares = sorted(among.share(setting.learning_rate) for setting in one)
+    assert [int(10 * share) for share in shares] == list(range(10))
+    other = search.drawn("Flow-GRPO", "blobs", search.METHODS["Flow-GRPO"].dials, 10)
+    assert [s.learning_rate for s in one] == [s.learning_rate for s in other]
+    assert {s.method for s in other} == {"Flow-GRPO"}
+
+
+def test_ranges_and_their_edges():
+    rate, t_min = search.Range(1e-3, 1e-1), search.Range(0, 0.6)
+    assert rate.at(0.5) == pytest.approx(1e-2) and t_min.at(0.5) == 0.3
+    assert [rate.edge(x) for x in (1.5e-3, 2e-3, 5e-2, 7e-2)] == ["low", None, None, "high"]
+    assert [t_min.edge(x) for x in (0.0, 0.5, 0.55)] == [None, None, "high"]
+    assert rate.widened("low") == search.Range(1e-3 / 3, 1e-1)
+    assert rate.widened("high").high == pytest.approx(0.3) and t_min.widened("high").high == 0.8
+
+
+def searched(cost_of, name="DGPO"):
+    """A search in a made-up world, where cost_of(setting, seed) arrives, or None."""
+    asked = []
+
+    def runs_of(title, settings, seeds, share):
+        asked.append((settings, seeds, share))
+        return [[run(cost_of(setting, seed)) for seed in seeds] for setting in settings]
+
+    return search.search(runs_of, "ring-2", name, []), asked
+
+
+def test_a_search_prefers_what_stays_to_what_is_fast():
+    """Half the runs of a fast setting fail, on seeds that only the last rung sees."""
+    fast = search.drawn("DGPO", "ring-2", search.METHODS["DGPO"].dials, search.DRAWN)[3]
+
+    def cost(setting, seed):
+        if setting == fast:
+            return 100_000 if seed < 103 else None
+        return 500_000 + 1e5 * abs(setting.beta - 3)
+
+    found, asked = searched(cost)
+    assert found.best != fast
+    assert asked[2][1:] == (search.TUNING_SEEDS, 1.0) and len(search.TUNING_SEEDS) >= 6
+    assert fast in asked[2][0] and asked[0][0][0] in asked[2][0]
+
+
+def test_the_best_of_a_round_is_not_lost_to_luck_on_two_seeds(monkeypatch):
+    """What is drawn around it does better on the first two seeds, and worse on the others."""
+    for name, value in {"DRAWN": 1, "CHEAP": {}, "EARLIER": {}}.items():
+        monkeypatch.setattr(search, name, value)
+    drawn = search.drawn("DGPO", "ring-2", search.METHODS["DGPO"].dials, 1)[0]
+
+    def cost(setting, seed):
+        if setting == Setting("ring-2", "DGPO"):
+            return 500_000
+        return 90_000 if setting == drawn else 80_000 if seed < 102 else 300_000
+
+    assert searched(cost)[0].best == drawn
+
+
+def test_a_best_at_an_edge_widens_the_range_until_it_is_not(monkeypatch):
+    """The best learning rate is three times what the range holds."""
+    goal = 3 * search.COMMON["learning_rate"].high
+
+    def cost(setting, seed):
+        return 100_000 * (1 + abs(methods.math.log(setting.learning_rate / goal)))
+
+    found, _ = searched(cost)
+    assert any(text.startswith("learning_rate to ") for text in found.widened)
+    assert found.best.learning_rate > search.COMMON["learning_rate"].high
+    # With no round left to look further, it ends at an edge, and says so.
+    monkeypatch.setattr(search, "MOST_ROUNDS", 1)
+    assert searched(cost)[0].edges == ["learning_rate"]
+
+
+def test_every_method_is_searched_as_hard(monkeypatch):
+    """Where all arrive and nothing is at an edge; but for what an earlier version chose."""
+    monkeypatch.setattr(search, "EARLIER", {})
+    monkeypatch.setattr(search, "at_edges", lambda *_: {})
+    for name in search.METHODS:
+        found, asked = searched(lambda s, seed: 1e6 / (1 + s.beta), name)
+        assert len(asked) == 3 * search.ROUNDS and len(asked[0][0]) == 2 + search.DRAWN
+        assert len(found.tried) == 2 + search.DRAWN + search.AROUND
+
+
+# The numbers that are shown.
+
+
+def test_the_cost_counts_failures_and_the_interval_is_the_bootstraps():
+    mean, low, high = figures.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (
+        mean == 3 and low == pytest.approx(1.8, abs=0.11) and high == pytest.approx(4.2, abs=0.11)
+    )
+    row = figures.run_row("ring-2", [run(100_000), run(200_000), run(None)])
+    assert row[0] == "2 of 3" and row[1].startswith("600 [100, ")
+    assert figures.run_row("ring-2", [run(None)] * 3)[1] == "-"
+
+
+def test_a_ratio_is_shown_only_where_it_is_clear():
+    cheap, dear = [run(100_000), run(110_000)] * 5, [run(300_000), run(330_000)] * 5
+    assert figures.ratio_cell(cheap, dear).startswith("3.0 [2.")
+    assert figures.ratio_cell(cheap, [*dear[:7], *[run(None)] * 3]) == "-"  # too few arrive
+    scattered = [run(30_000)] * 8 + [run(1_400_000)] * 2
+    assert figures.ratio_cell(scattered, dear) == "-"  # too wide
 
 
 def test_total_variance_is_the_sum_over_coordinates():
-    draws = torch.randn(2000, 3, generator=seeded()) * torch.tensor([1.0, 2.0, 3.0])
-    assert compare.total_variance(list(draws)) == pytest.approx(14, rel=0.1)
+    torch = methods.torch
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(2000, 3, generator=generator) * torch.tensor([1.0, 2.0, 3.0])
+    assert sweeps.total_variance(list(draws)) == pytest.approx(14, rel=0.1)
+
+
+def test_a_sweep_changes_one_thing():
+    chosen = {name: Setting("ring-2", m.name, **m.fixed) for name, m in search.METHODS.items()}
+    for sweep in sweeps.SWEEPS.values():
+        for name, setting in sweep.changes(chosen).items():
+            fields = compare.changed_fields(setting)
+            changed = [
+                len(fields.items() ^ compare.changed_fields(c).items()) for c in chosen.values()
+            ]
+            assert min(changed) <= 4, name  # of both, and of what goes with it
+
+
+# What is kept.
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """main() on one method with two settings and short runs."""
-    grid = [short(setting("DGPO", learning_rate=rate), 20) for rate in (1e-3, 2e-3)]
-    monkeypatch.setattr(compare, "METHODS", {"DGPO": lambda world: grid})
-    monkeypatch.setattr(compare, "PRETRAINING_STEPS", 30)
-    monkeypatch.setattr(compare, "BUDGET", 100_000)
-    command = ["compare.py", "--full", "--only", "speed", "--worlds", "ring-2", "--seeds", "2"]
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
+    """A folder, and --full in it with one method, few settings and short runs."""
+    monkeypatch.setattr(compare, "COMPARED", {"ring-2": ("DGPO", "DGPO with dials")})
+    monkeypatch.setattr(compare, "EXPERIMENTS", ("methods",))
+    monkeypatch.setattr(compare, "FRESH_SEEDS", (0, 1))
+    monkeypatch.setattr(compare, "BUDGET", 20_000)
+    monkeypatch.setattr(flow2d, "PRETRAINING_STEPS", 30)
+    for name, value in {
+        "DRAWN": 1,
+        "AROUND": 1,
+        "ROUNDS": 1,
+        "MOST_ROUNDS": 1,
+        "RUNGS": ((1, 0.5, 1), (2, 1.0, 1)),
+    }.items():
+        monkeypatch.setattr(search, name, value)
     return tmp_path
 
 
 def test_a_comparison_continues_where_it_was_stopped(small, capsys, monkeypatch):
-    compare.main()
-    table = capsys.readouterr().out
-    assert "| DGPO | " in table
-    assert all((small / f"{name}.png").stat().st_size > 10_000 for name in ("speed", "pareto"))
-    stored = json.loads((small / "ring-2.json").read_text())
-    assert len(stored["cells"]) == 2 * 2 + 2  # settings x tuning seeds, and fresh seeds
+    command = ["--full", "--out", str(small)]
+    compare.main(command)
+    written = (small / "README.md").read_text()
+    assert "| ring-2 | DGPO with dials | " in written and written.startswith("# The family")
+    assert all((small / f"{name}.png").stat().st_size > 10_000 for name in ("speed", "cost"))
 
-    lost = list(stored["cells"])[-1]
-    del stored["cells"][lost]
-    (small / "ring-2.json").write_text(json.dumps(stored))
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--table"])
-    with pytest.raises(SystemExit):
-        compare.main()
-    assert capsys.readouterr().err == (
-        "compare.py: not finished yet: 1 runs of speed in ring-2; run it without --table\n"
-    )
+    kept = json.loads((small / "ring-2.json").read_text())
+    lost = list(kept["runs"])[-1]
+    del kept["runs"][lost]
+    (small / "ring-2.json").write_text(json.dumps(kept))
+    compare.main([*command, "--table"])
+    assert "goes on with: DGPO with dials in ring-2." in (small / "README.md").read_text()
+    check = ["--out", str(small), "--worlds", "ring-2", "--methods", "DGPO with dials"]
+    with pytest.raises(
+        compare.cli.Fault, match="^none of these methods was searched for in ring-2"
+    ):
+        compare.main(check)
 
-    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
     ran = []
     original = compare.Results.add
     monkeypatch.setattr(
         compare.Results,
         "add",
-        lambda self, world, key, cell: ran.append(key) or original(self, world, key, cell),
+        lambda self, world, key, found: ran.append(key) or original(self, world, key, found),
     )
-    compare.main()
+    compare.main(command)
     assert ran == [lost]
-    assert without_seconds(capsys.readouterr().out) == without_seconds(table)
+    assert (small / "README.md").read_text() == written
 
-
-def without_seconds(table):
-    """No two runs take the same time."""
-    return [line.split("|")[:5] + line.split("|")[6:] for line in table.splitlines()]
+    # Without --full, the same settings on other seeds, and nothing is kept.
+    before = (small / "ring-2.json").read_text()
+    capsys.readouterr()
+    compare.main(["--out", str(small), "--worlds", "ring-2", "--seed", "5"])
+    assert capsys.readouterr().out.count("of 3 |") == 2
+    assert (small / "ring-2.json").read_text() == before
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [('{"version": 2, "cel', "damaged"), ('{"version": 1, "cells": {}}', "of version 1, not 2")],
+    [('{"version": 3, "ru', "damaged"), ('{"version": 2, "cells": {}}', "of version 2, not 3")],
 )
 def test_a_damaged_or_old_file_is_moved_aside(text, reason, tmp_path, capsys):
     (tmp_path / "ring-2.json").write_text(text)
+    with pytest.raises(compare.cli.Fault, match=f"ring-2.json is {reason}; run --full to compute"):
+        compare.Results(tmp_path, compute=False).load("ring-2")
     assert compare.Results(tmp_path).load("ring-2") == {}
     assert f"ring-2.json is {reason}: moved to " in capsys.readouterr().out
     (aside,) = tmp_path.iterdir()
     assert aside.read_text() == text and aside.name != "ring-2.json"
 
 
-def test_two_comparisons_in_one_folder_keep_each_others_cells(tmp_path):
+def test_two_comparisons_in_one_folder_keep_each_others_runs(tmp_path):
     one, other = compare.Results(tmp_path), compare.Results(tmp_path)
-    one.cells["blobs"], other.cells["blobs"] = {}, {}
-    one.add("blobs", "a", cell((0, 0, -8, 0.9, 9, 1)))
-    other.add("blobs", "b", cell((0, 0, -7, 0.9, 9, 1)))
+    one.kept["blobs"], other.kept["blobs"] = {}, {}
+    one.add("blobs", "a", {"seconds": 1.0})
+    other.add("blobs", "b", {"seconds": 2.0})
     assert set(compare.Results(tmp_path).load("blobs")) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--seeds 1", "argument --seeds: must be from 2 to 10, got 1"),
-        ("--seeds 0", "argument --seeds: must be from 2 to 10, got 0"),
-        ("--only magic", "argument --only: invalid choice: 'magic'"),
-        ("--worlds magic", "argument --worlds: must be blobs or ring-D with D >= 2, got 'magic'"),
-        ("--worlds ring-1", "argument --worlds: must be blobs or ring-D with D >= 2, got 'ring-1'"),
-        ("--dims 1", "argument --dims: must be at least 2, got 1"),
-        ("--dims 2 --worlds blobs", "argument --dims: not allowed with --worlds"),
+        ("--full --only magic", "argument --only: invalid choice: 'magic'"),
+        ("--worlds magic", "argument --worlds: invalid choice: 'magic'"),
         ("--methods magic", "argument --methods: invalid choice: 'magic'"),
+        ("--table", "arguments --only and --table: go with --full"),
+        ("--seed -1", "argument --seed: must be at least 0 and at most 2147483648, got -1"),
         ("--out {}/file/out", "argument --out: cannot write to "),
     ],
 )
-def test_bad_flags_end_with_one_line(flags, message, tmp_path, capsys, monkeypatch):
+def test_bad_flags_end_with_one_line(flags, message, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["compare.py", *flags.format(tmp_path).split()])
-    with pytest.raises(SystemExit) as stop:
-        compare.main()
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert printed.startswith(f"compare.py: {message}") and printed.count("\n") == 1
+    with pytest.raises(compare.cli.Fault) as stop:
+        compare.main(flags.format(tmp_path).split())
+    assert str(stop.value).startswith(message) and "\n" not in str(stop.value)
+
+
+# The results that are kept in the repository.
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return compare.Comparison(compare.Results(KEPT, compute=False), KEPT, draw=False)
+
+
+def measured(kept):
+    """The worlds and methods whose search and report are kept; those of the sweeps are."""
+    pairs = [(world, name) for world, names in compare.COMPARED.items() for name in names]
+    there = [pair for pair in pairs if kept.measured(lambda p=pair: kept.reported(*p), "")]
+    assert {(world, name) for world in ("ring-2", "blobs") for name in compare.MAIN} <= set(there)
+    return there
+
+
+def test_the_tables_are_those_of_the_kept_results(kept):
+    sections = [part for name in compare.EXPERIMENTS for part in kept.sections(name)]
+    assert (KEPT / "README.md").read_text() == compare.page(sections, kept.missing)
+    assert all((KEPT / part.picture).exists() for part in sections if part.picture)
+
+
+def test_the_scripts_default_is_among_those_tried(kept):
+    """run_2d.py's, as its --help says: no plain setting of this repository was left out."""
+    command = [sys.executable, str(ROOT / "toy" / "run_2d.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = " ".join(text.split("options:")[1].split())
+    names = {name: name for name in ("beta", "kl", "t_min", "learning_rate", "group_size")}
+    names |= {"rollout_steps": "rollout_steps", "prompts": "prompts"}
+    default = {}
+    for flag, field in {**names, "train_timesteps": "timesteps"}.items():
+        said = re.search(rf"--{flag.replace('_', '[-_]')} [A-Z].*?default: ([\d.e-]+)\)", text)
+        default[field] = float(said[1])
+    for world, name in measured(kept):
+        tried = kept.search(world, name).tried
+        own = dataclasses.asdict(Setting(world, "", **search.METHODS[name].fixed)) | default
+        assert any(
+            all(getattr(setting, field) == own[field] for field in default) for setting in tried
+        ), (world, name)
+
+
+def test_a_chosen_setting_is_at_no_edge_or_the_table_says_so(kept):
+    """And the report is of that setting, on ten seeds that no search has seen."""
+    page = (KEPT / "README.md").read_text()
+    assert (
+        not set(compare.FRESH_SEEDS) & set(search.TUNING_SEEDS) and len(compare.FRESH_SEEDS) == 10
+    )
+    for world, name in measured(kept):
+        found = kept.search(world, name)
+        (line,) = [
+            line
+            for line in page.split("## What they chose")[1].split("\n## ")[0].splitlines()
+            if line.startswith(f"| {world} | {name} | ")
+        ]
+        edges = line.split(" | ")[-1].removesuffix(" |")
+        assert edges == (", ".join(found.edges) or "-")
+        assert len(kept.reported(world, name)) == 10
