@@ -2,19 +2,26 @@
 
 metrics.jsonl has a line a step. Means are over the step's groups, null where there is none.
 
-    reward, reward_std    mean, and std in a group, of the weighted sum of the rewards
-    reward/NAME           and reward_std/NAME: of one reward alone
+    reward, reward_std    mean, and std in a group, of the weighted sum of the rewards. It should
+                          rise; where the std nears 0, groups teach nothing any more
+    reward/NAME           and reward_std/NAME: one reward alone
     equal_groups          share of groups whose advantages are all zero: only the KL trains them
     groups_not_finite     share of groups that are left out, as a score is NaN or infinite
-    loss, gap, gate       Eq. 17 at beta / G, the gap as a mean over the group, sigmoid(-beta gap)
+    loss, gap, gate       Eq. 17 at beta / G, the gap as a mean over the group, sigmoid(-beta gap).
+                          The gate falls from 0.5 as the gap grows; near 0 training stands still:
+                          lower --beta
     clipped               share of the samples that the clip dropped
-    kl                    mean square of theta's velocity minus the reference's
+    kl                    mean square of theta's velocity minus the reference's. It should level
+                          off; if it only grows while pictures get worse, raise --kl
     grad_norm             before it is clipped; null if the step was left out as it is not finite
-    seconds               of the step, and images_per_second, drawn, scored and trained on
+    seconds               the whole step's, and images_per_second, drawn, scored and trained on
     seconds/PHASE         rollout, decode, wait and train add up to the step. wait is for scores:
                           the rewards work beside the rollout, for seconds/reward in all
     share/PHASE           seconds/PHASE over seconds
-    eval/NAME             and eval_base/NAME: a reward of the validation pictures, now and at first
+    peak_memory_gb        the step's peak on the GPU
+    eval/NAME             and eval_base/NAME: a reward of the validation pictures, by the saved
+                          average and by the base, from the same noise. If reward rises and these
+                          fall, or an --eval_reward does, the reward is being hacked
 """
 
 from __future__ import annotations
