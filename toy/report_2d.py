@@ -184,7 +184,7 @@ def save_png(
     gate.plot(range(1, n + 1), [metrics["gate"] for metrics in history], color="0.2", lw=2)
     gate.set(xlim=(0, n), ylim=(0, 1))
     gate.set_xlabel("iteration", fontsize=15)
-    gate.set_ylabel("gate $\\sigma(\\beta S)$", fontsize=15)
+    gate.set_ylabel("gate $\\sigma(-\\beta\\,gap)$", fontsize=15)
     gate.tick_params(labelsize=13)
     picture.savefig(path)
     plt.close(picture)
