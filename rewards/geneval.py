@@ -4,6 +4,10 @@ A detector finds objects, CLIP names their colours, and rules judge. A prompt is
 metadata: "tag" (one of six tasks), "include" (clauses: class, count, perhaps color, perhaps
 position: a relation and which clause it is to), perhaps "exclude" (class, count).
 
+`--reward geneval` trains on this file's clean grade, from 0 to 1 and 1 only where all is right, as
+the released one rewards a wrong position and lets one overfull picture decide a batch's std. To
+reproduce the released runs, train on `geneval_released`.
+
 DGPO's and Flow-GRPO's code hands the detector RGB where mmdet expects BGR, and Flow-GRPO's server
 scores JPEG files of quality 75. Neither is copied, for GenEval itself does neither.
 """
