@@ -123,13 +123,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def make_folder(name: str, flag: str = "output_dir") -> Path:
-    """A folder that can be written to, made if need be. Raises Fault."""
+def make_folder(name: str, flag: str = "output_dir", file: str = "") -> Path:
+    """A folder that can be written to, and a file in it; made if need be. Raises Fault."""
     if not name:
         raise Fault(f"argument --{flag}: must name a folder, got an empty string")
     try:
         Path(name).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=name).close()
+        tempfile.NamedTemporaryFile(dir=name, suffix=file).close()
     except (OSError, ValueError) as error:
         raise Fault(f"argument --{flag}: cannot write to {name!r} ({first_line(error)})") from None
     return Path(name)
@@ -140,8 +140,8 @@ def make_place(name: str, flag: str, endings: tuple[str, ...]) -> Path:
     path = Path(name)
     if path.suffix not in endings:
         raise Fault(f"argument --{flag}: must end in {' or '.join(endings)}, got {name!r}")
-    make_folder(str(path.parent), flag)
-    if path.exists() and not path.is_file():
+    make_folder(str(path.parent), flag, path.name)
+    if os.path.exists(name) and not os.path.isfile(name):
         raise Fault(f"argument --{flag}: {name} is there, and is no file")
     return path
 
