@@ -123,6 +123,19 @@ def test_a_spec_that_names_no_reward(spec, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_reward_is_given_once(own, monkeypatch, tmp_path):
+    name = own("f = g = len")
+    assert rewards.parse_all(["pickscore=2", name, name[:-1] + "g"]) == {
+        "pickscore": 2,
+        name: 1,
+        name[:-1] + "g": 1,
+    }
+    monkeypatch.chdir(tmp_path)
+    for twice in (["pickscore", "pickscore=2"], [name, "own/../own/mine.py:f"]):
+        with pytest.raises(rewards.RewardError, match=" is there twice; give it once .*=2 weighs"):
+            rewards.parse_all(twice)
+
+
 def test_a_path_may_have_an_equals_sign(own):
     name = own("f = len", folder="a=b")
     assert rewards.parse(name) == (name, 1) and rewards.parse(f"{name}=2") == (name, 2)
@@ -274,7 +287,12 @@ FAILING = [
     (lambda images, prompts: leave(), "SystemExit$"),
     (lambda images, prompts: fail(), "ValueError$"),
     (lambda images, prompts: fail("a\nb\n" * 1000), "ValueError: a$"),
-    (lambda images, prompts: prompts[0].lower(), "'dict' object has no attribute 'lower'"),
+    (
+        lambda images, prompts: prompts[0].lower(),
+        r"'dict' object has no attribute 'lower'; a prompt is a dict, and prompt\['prompt'\] its",
+    ),
+    (lambda images, prompts: prompts[0] + ", please", "TypeError: .*; a prompt is a dict, and"),
+    (lambda images, prompts: fail("predict"), "ValueError: predict$"),
     (
         lambda images, prompts: [1.0],
         r"must return 3 scores, got \(1,\), of prompt 'a red",
