@@ -51,9 +51,9 @@ class Arguments:
     )
 
 
-def read_arguments() -> Arguments:
+def read_arguments(argv: list[str] | None = None) -> Arguments:
     """The command line. Raises Fault, also for what is not there or cannot be written to."""
-    args = cli.parse(Arguments, sys.argv[1:])
+    args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
     for folder in args.lora:
         if not os.path.isfile(f"{folder}/{WEIGHTS}"):
             raise Fault(f"argument --lora: there is no {Path(folder) / WEIGHTS}")
