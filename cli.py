@@ -210,8 +210,10 @@ def run(script: str, main: Callable[[], None]) -> None:
     def end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if not (found := verdict(error)):
             return sys.__excepthook__(kind, error, trace)
-        with contextlib.suppress(OSError):
+        try:
             sys.stderr.write(f"{script}: {found[1]}\n" if found[1] else "")
+        except OSError as full:
+            error = full
         if isinstance(error, OSError):  # what could not be printed is not tried again
             for number in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)

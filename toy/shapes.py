@@ -350,6 +350,7 @@ def contact_sheet(images: Tensor, prompts: list[dict], columns: int = 12) -> Ten
 
 def plot(path: Path, sheets: dict[str, Tensor], rewards: dict[str, list[float]]) -> None:
     """Contact sheets above, and the rollouts' mean reward in each run, over ten steps, below."""
+    os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")
