@@ -195,7 +195,7 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         return 2, f"cannot write ({line}); make room"
     if isinstance(error, MemoryError | RuntimeError) and re.search("of memory|ate memory", line):
         return 2, f"out of memory ({line}); ask for less"  # torch's words for a GPU and a CPU
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ImportError):  # a package is missing, too old, or broken
         return 2, f"{line}; pip install -r requirements.txt"
     return None
 

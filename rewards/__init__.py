@@ -243,7 +243,7 @@ def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Ten
         scores = torch.as_tensor(result)
         kind = str(tuple(scores.shape))
         if scores.shape == (len(images),) and not scores.is_complex():
-            return scores.detach().to("cpu", torch.float32, copy=True)
+            return scores.detach().to_dense().to("cpu", torch.float32, copy=True)
         kind = f"complex {kind}" if scores.is_complex() else kind
     except Exception:
         kind = f"a {type(result).__name__} that holds no numbers"
@@ -288,7 +288,7 @@ def said(error: BaseException) -> str:
     kind = type(error).__name__
     try:
         text = str(error)
-    except Exception:  # its own __str__ fails
+    except BaseException:  # its own __str__ fails, or leaves
         return kind
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])  # "Error(s) in ...:"

@@ -215,6 +215,7 @@ def test_terminals_and_pipes(line, code, said, tmp_path):
     [
         ("raise KeyboardInterrupt", 130, "py: stopped\n"),
         ("import not_installed", 2, "py: No module named 'not_installed'; pip install -r "),
+        ("raise ImportError('libc10.so: not found')", 2, "py: libc10.so: not found; pip install "),
     ],
 )
 def test_libraries_that_do_not_load(script, found, code, said, tmp_path):

@@ -196,6 +196,7 @@ LOADING = {  # as it is loaded: the file's source, and what is said of it
     "f = 1\nraise ValueError('\\n  a\\nb\\n' * 1000)": "ValueError: a .line 2.$",
     "f = 1\nraise ValueError('x' * 10**6)": "ValueError: x{300} .line 2.$",
     "class E(Exception):\n    def __str__(self): return 1 / 0\nraise E\nf = 1": "E .line 3.$",
+    "class E(Exception):\n    def __str__(self): raise SystemExit\nraise E\nf = 1": "E .line 3.$",
     "f = 'f'": "f is a str, and must be callable with images and prompts$",
     "f2 = 'f'": "f is not there, and must be callable",
     "def f(images): pass": "cannot be called with images and prompts .too many positional",
@@ -263,6 +264,8 @@ def test_scores_are_of_their_own_and_without_gradients(images):
     first = rewards.score("mine", lambda images, prompts: buffer, images, PROMPTS)
     buffer += 1
     assert first.tolist() == [0, 0, 0] and first.dtype == torch.float32
+    sparse = torch.tensor([0.0, 1.0, 0.0]).to_sparse()
+    assert rewards.score("mine", lambda *_: sparse, images, PROMPTS).tolist() == [0, 1, 0]
     seen = []
     rewards.score(
         "mine", lambda images, prompts: seen.append(weight * 2) or weight, images, PROMPTS

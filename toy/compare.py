@@ -74,11 +74,11 @@ class Results:
         if not path.exists():
             return {}
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text() if path.is_file() else "")
             if stored["version"] == VERSION:
                 return stored["runs"]
             reason = f"of version {stored['version']}, not {VERSION}"
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             reason = "damaged"
         if not (self.compute and self.keep):
             raise cli.Fault(f"{path} is {reason}; run --full to compute it again")
@@ -224,6 +224,8 @@ class Comparison:
                 runs = self.measured(make, f"{name} in {world}")
                 if runs:
                     found.setdefault(world, {})[name] = runs
+        if not found:
+            return []
         drawn = {
             world: {name: self.search(world, name).drawn for name in by_method}
             for world, by_method in found.items()

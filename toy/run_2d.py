@@ -29,10 +29,16 @@ class Arguments:
     prompts: int = option(16, "P: groups in an iteration.", at_least=1, at_most=MOST)
     group_size: int = option(24, "G: samples in a group.", at_least=2, at_most=MOST)
     beta: float = option(
-        1.0, "The beta of Eq. 17 for a gap that is a group's mean: the gate closes by it.", above=0
+        1.0,
+        "The beta of Eq. 17 for a gap that is a group's mean: the gate closes by it.",
+        above=1e-30,
+        at_most=1e30,
     )
     learning_rate: float = option(
-        1.5e-3, "AdamW's learning rate. If the reward swings or falls, lower it.", above=0
+        1.5e-3,
+        "AdamW's learning rate. If the reward swings or falls, lower it.",
+        above=0,
+        at_most=1e30,
     )
     t_min: float = option(
         0.2, "Timestep clip: the least time to train at; 1 is pure noise.", at_least=0, below=1
@@ -44,7 +50,10 @@ class Arguments:
         2, "K: timesteps that a group is trained at in an iteration.", at_least=1, at_most=1000
     )
     kl: float = option(
-        0.01, "Weight of the distance to the reference. Raise it to stay near.", at_least=0
+        0.01,
+        "Weight of the distance to the reference. Raise it to stay near.",
+        at_least=0,
+        at_most=1e30,
     )
     clip: float | None = option(
         None, "PPO-style clip of exp(L_old - L_theta). It needs --ema.", at_least=0
