@@ -125,6 +125,7 @@ class Results:
                 self.add(world, key, found)
                 progress.update()
         except KeyboardInterrupt:
+            progress.close()
             self.pool.shutdown(cancel_futures=True)
             raise
         progress.close()
