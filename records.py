@@ -28,6 +28,7 @@ metrics.jsonl has a line a step. Means are over the step's groups, null where th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -41,6 +42,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,12 @@ import huggingface_hub
 import matplotlib.pyplot
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import get_peft_model_state_dict
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -75,7 +80,7 @@ def written(what: Path | str) -> Iterator[None]:
     """Whatever goes wrong in writing something is a Fault of one line."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError) as error:  # libraries have their own kinds
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise Fault(
             f"cannot write {what} ({first_line(error)}); mend that, or make room, and resume"
         ) from None
@@ -161,6 +166,13 @@ def begin(out: Path, args: Any, done: int = 0) -> None:
     replace_file(out / "arguments.json", lambda new: new.write_text(text))
 
 
+def as_config(args: Any) -> str:
+    """The arguments as a file for --config."""
+    settings = {**dataclasses.asdict(args), "config": None, "print_arguments": False}
+    settings["micro_batch_size"] = int(args.micro_batch_size) or "auto"
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
@@ -193,12 +205,25 @@ def save_checkpoint(out: Path, model: sd35.Model, state: dict[str, Any], limit: 
         new = Path(aside) / folder.name
         new.mkdir()
         (new / "state.pt").write_bytes(content.getbuffer())
-        sd35.save_lora(model, new)
+        save_lora(model, new)
         digest = hashlib.sha256(content.getbuffer()).hexdigest()
         (new / "complete.json").write_text(json.dumps({"sha256": digest}))
         os.replace(new, folder)
         for old in checkpoints(out)[limit:]:
             shutil.rmtree(old)
+
+
+def save_lora(model: sd35.Model, folder: Path) -> None:
+    """The saved average as LORA_FILE in folder, complete or not there at all. Raises Fault."""
+    transformer = model.pipe.transformer
+    with model.saved_average(), written(folder / sd35.LORA_FILE):
+        lora = {
+            "transformer_lora_layers": get_peft_model_state_dict(transformer),
+            # Without this, the LoRA would be loaded at scale 1 instead of alpha / rank.
+            "transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict(),
+        }
+        save = partial(model.pipe.save_lora_weights, folder, **lora)
+        replace_file(folder / sd35.LORA_FILE, lambda new: save(weight_name=new.name))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -331,6 +356,13 @@ def reward_metrics(scores: dict, advantages: Tensor, finite: Tensor) -> dict[str
     return found | {name: which.float().mean().item() for name, which in left_out.items()}
 
 
+def tell_of_bad_scores(step: int, name: str, scores: Tensor, chosen: list[dict]) -> None:
+    """Says of the first score (P, G) that is not finite, if there is one, what it is of."""
+    for p, g in (~scores.isfinite()).nonzero().tolist()[:1]:
+        about = f"reward {name} is {scores[p, g]} for prompt {chosen[p]['prompt']!r}, sample {g}"
+        tqdm.write(f"step {step}: {about}; such groups take no part")
+
+
 def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
     """The KL of all groups that were trained on, the others of those with a preference; or None."""
     names = ("loss", "gap", "gate", "clipped", "kl")
@@ -407,41 +439,42 @@ def track(accelerator: Accelerator, metrics: dict[str, Any], picture: Path) -> N
 
 
 def announce(
-    args: Any,
-    accelerator: Accelerator,
-    prompts: tuple[list[dict], list[dict], str],
-    done: int,
+    args: Any, accelerator: Accelerator, training: list[dict], validation: list[dict], done: int
 ) -> None:
-    """Says in three lines what is about to be done.
+    """Says in three lines what is about to be done. Called by every process, one speaks.
 
-    prompts: those that are trained on, those that are watched, and where the former come from.
+    Raises Fault if not all processes have found the same number of steps done.
     """
-    training, validation, source = prompts
-    rewards_named = " ".join(args.reward)
+    if len({*gather_object([done])}) > 1:
+        raise Fault(
+            f"argument --output_dir: not all processes see the same checkpoints in "
+            f"{args.output_dir}; give a folder that they share"
+        )
+    if not accelerator.is_main_process:
+        return
     tqdm.write(
-        f"recipe {args.recipe}, reward {rewards_named}: {args.prompts_per_step} groups of "
+        f"recipe {args.recipe}, reward {' '.join(args.reward)}: {args.prompts_per_step} groups of "
         f"{args.group_size} a step, beta {args.beta:g}, KL {args.kl:g}, clip {args.clip:g}"
     )
-    count = accelerator.num_processes
-    processes = f" on each of {count} processes" if count > 1 else ""
     start = ""
-    if args.resume_from_checkpoint:
-        start = (
-            f", after the {done} of {args.resume_from_checkpoint}"
-            if done
-            else (f"; the run starts anew, as {args.output_dir} holds no checkpoint")
-        )
+    if args.resume_from_checkpoint and done:
+        start = f", after the {done} of {args.resume_from_checkpoint}"
+    elif args.resume_from_checkpoint:
+        start = ", anew, as there is no checkpoint to go on from"
+    n = accelerator.num_processes
     tqdm.write(
-        f"on {accelerator.device}{processes}, precision {args.mixed_precision}; steps {done + 1} "
-        f"to {args.max_train_steps}{start}; results in {args.output_dir}"
+        f"on {accelerator.device}{f', {n} processes' if n > 1 else ''}, precision "
+        f"{args.mixed_precision}: steps {done + 1} to {args.max_train_steps}{start}; into "
+        f"{args.output_dir}"
     )
     texts = {prompt["prompt"] for prompt in training}
     both = sum(prompt["prompt"] in texts for prompt in validation)
-    known = "held out" if not both else f"{both} of them trained on too"
+    known = f"{both} of them trained on, too" if both else "held out"
     if both and not args.validation_prompts:
-        known = "trained on too, as there are fewer than 8 prompts: only its noise is held out"
+        known = "trained on, too, as fewer than 8 prompts are too few to hold one out"
     tqdm.write(
-        f"{len(training)} prompts of {source}; watched in validation: {len(validation)}, {known}"
+        f"{len(training)} prompts of {args.train_prompts or 'the reward'}; in validation "
+        f"{len(validation)}, {known}"
     )
 
 
@@ -511,6 +544,28 @@ def draw_grid(path: Path, texts: list[str], base: Tensor, now: Tensor, title: st
     with written(path):
         path.parent.mkdir(exist_ok=True)
         replace_file(path, sheet(rows, side, columns=max(1, round(math.sqrt(len(rows) / 2)))).save)
+
+
+def validate(
+    path: Path,
+    prompts: list[dict],
+    base: Tensor,
+    now: Tensor,
+    judges: dict[str, tuple[float, rewards.Reward]],
+) -> dict[str, float]:
+    """Draws the pictures (N, 3, H, W) of base and now side by side. Returns their mean rewards.
+
+    Raises Fault if a reward fails.
+    """
+    draw_grid(path, [prompt["prompt"] for prompt in prompts], base, now, path.stem)
+    try:
+        return {
+            f"eval{of}/{name}": rewards.score(name, reward, images, prompts).mean().item()
+            for name, (_, reward) in judges.items()
+            for of, images in (("_base", base), ("", now))
+        }
+    except rewards.RewardError as error:
+        raise Fault(str(error)) from None
 
 
 def public(value: Any) -> Any:
@@ -599,6 +654,6 @@ def upload(args: Any) -> None:
     except Exception as error:  # as above
         raise Fault(
             f"the run is finished and is in {out}, but cannot be uploaded ({first_line(error)}); "
-            f"do it by `hf upload {name} {out}`"
+            f"do it by `hf upload {name} {out} --exclude 'checkpoint-*'`"
         ) from None
     tqdm.write(f"uploaded to https://huggingface.co/{name}")
