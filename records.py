@@ -56,7 +56,8 @@ from accelerate.utils import gather_object
 from peft import get_peft_model_state_dict
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -89,6 +90,18 @@ def written(what: Path | str) -> Iterator[None]:
 def is_first_process() -> bool:
     """Whether this is the process that writes, also before the processes know each other."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def launching() -> Iterator[None]:
+    """A process that does not find the others is one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise Fault(
+            f"cannot start this process of several ({first_line(error)}); start all by torchrun or "
+            "accelerate launch"
+        ) from None
 
 
 def claim_folder(args: Any) -> Path:
@@ -226,6 +239,30 @@ def save_lora(model: sd35.Model, folder: Path) -> None:
         replace_file(folder / sd35.LORA_FILE, lambda new: save(weight_name=new.name))
 
 
+def check_lora(path: Path, transformer: nn.Module) -> None:
+    """Raises Fault at the first tensor that is not finite, has no place, or another shape.
+
+    diffusers passes over what fits nothing, and the pictures would be the base model's.
+    """
+    shapes = {f"transformer.{name}": x.shape for name, x in transformer.named_parameters()}
+    try:
+        weights = load_file(path)
+        if not weights:
+            raise ValueError("it is empty")
+        for name, tensor in weights.items():
+            place = name.rpartition(".lora_")[0]
+            shape = shapes.get(f"{place}.weight")
+            down, up = (weights.get(f"{place}.lora_{x}.weight") for x in "AB")
+            if shape is None or down is None or up is None:
+                raise ValueError(f"the model has no place for {name}")
+            if (len(up), *down.shape[1:]) != shape or up.shape[1:] != down.shape[:1]:
+                raise ValueError(f"{place} has {[*down.shape]}, {[*up.shape]} for {[*shape]}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise Fault(f"argument --lora: cannot use {path} ({first_line(error)})") from None
+
+
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """The state. Raises Fault if it is damaged."""
     try:
@@ -236,7 +273,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if missing := STATE - state.keys():
             raise ValueError(f"it has no {min(missing)}")
-        return state
+        return {**state, "step": int(state["step"]), "bad_steps": int(state["bad_steps"])}
     except Exception as error:  # whatever torch makes of other files
         raise Fault(f"checkpoint {folder} is missing or damaged ({first_line(error)})") from None
 
@@ -298,7 +335,7 @@ def resume(state: dict[str, Any], model: sd35.Model, optimizer: Optimizer) -> tu
     try:
         restore(model, state)
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Fault(
             "argument --resume_from_checkpoint: the checkpoint is of another LoRA "
             f"({first_line(error)}); give one of this run"

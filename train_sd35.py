@@ -659,13 +659,8 @@ def launch(args: Arguments) -> Accelerator:
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     tracker = None if args.report_to == "none" else args.report_to
     about = {"log_with": tracker, "project_dir": args.output_dir}
-    try:
+    with records.launching():
         return Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **about)
-    except (RuntimeError, ValueError) as error:
-        raise Fault(
-            f"cannot start this process of several ({first_line(error)}); start all by torchrun or "
-            "accelerate launch"
-        ) from None
 
 
 def precision(args: Arguments) -> torch.dtype:
