@@ -33,7 +33,7 @@ import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import cli
 import rewards
@@ -72,8 +72,17 @@ def random_pickscore() -> rewards.Reward:
 
 
 def tflop(work: Callable[[], object]) -> float:
-    """TFLOP of matrix products, convolutions and attention. On a CPU, torch leaves the last out."""
-    with FlopCounterMode(display=False) as counter:
+    """TFLOP of matrix products, convolutions and attention."""
+    aten = torch.ops.aten  # torch itself does not count attention on a CPU
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
+            *shapes[:3]
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
+            sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
     return counter.get_total_flops() / 1e12
 
@@ -92,7 +101,8 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
     dtype, side = torch.bfloat16, args.resolution // 8
 
     def count(network: nn.Module) -> float:
-        return sum(parameter.numel() for parameter in network.parameters()) / 1e9
+        # The transformer's table of positions is a buffer, and takes memory like a weight.
+        return sum(x.numel() for x in (*network.parameters(), *network.buffers())) / 1e9
 
     def forward() -> Tensor:
         tokens = torch.empty(1, 77 + args.max_sequence_length, 4096, dtype=dtype)
@@ -145,7 +155,7 @@ def plan_memory(args: Arguments, size: SimpleNamespace) -> None:
     encoding = 2 * size.t5 + 16 * size.lora
     lora = f"LoRA, {1000 * size.lora:.1f} M in float32"
     for name, gigabytes in {
-        f"transformer, {size.transformer:.2f} G parameters in bf16": 2 * size.transformer,
+        f"transformer, {size.transformer:.2f} G weights in bf16": 2 * size.transformer,
         f"{lora}, its gradient, Adam, theta_old and saved average": 24 * size.lora,
         "VAE in float32": 4 * size.vae,
         "T5 in bf16, the largest text encoder, without activations": 2 * size.t5,
@@ -202,9 +212,14 @@ def plan(args: Arguments) -> None:
 
 def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """Transformer and VAE of SD3.5 Medium with random weights, without text encoders."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = SD3Transformer2DModel(**MEDIUM).to(dtype).requires_grad_(False).eval()
-        vae = AutoencoderKL(**VAE).requires_grad_(False).eval()
+    # torch's own initialisation would take twice the memory, in float32, and some minutes.
+    with torch.device("meta"):
+        transformer, vae = SD3Transformer2DModel(**MEDIUM).to(dtype), AutoencoderKL(**VAE)
+    for network in (transformer, vae):
+        network.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+        network.requires_grad_(False).eval()
+        for x in (*network.parameters(), *network.buffers()):
+            x.normal_(std=0.02)
     parts = {**dict.fromkeys(sd35.PARTS), "transformer": transformer, "vae": vae}
     pipe = StableDiffusion3Pipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
