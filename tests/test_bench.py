@@ -191,6 +191,12 @@ def test_tflop_counts_products_and_convolutions_and_their_backward_pass():
     assert forward == pytest.approx(2 * 10 * 30 * 20 / 1e12)
     assert bench.tflop(lambda: layer(x).sum().backward()) == pytest.approx(3 * forward)
     picture, kernel = torch.randn(1, 3, 8, 8), torch.randn(5, 3, 3, 3)
+    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (5, 7, 7))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    forward = bench.tflop(lambda: attend(q, k, v))
+    assert forward == pytest.approx(2 * 2 * 2 * 5 * 7 * 16 / 1e12)  # scores and their values
+    # The backward pass computes the scores again, and has two products for each of the forward's.
+    assert bench.tflop(lambda: attend(q, k, v).sum().backward()) == pytest.approx(3.5 * forward)
     convolution = bench.tflop(lambda: torch.nn.functional.conv2d(picture, kernel, padding=1))
     assert convolution == pytest.approx(2 * 5 * 8 * 8 * 3 * 3 * 3 / 1e12)
 
@@ -204,7 +210,7 @@ def test_the_peak_is_that_of_the_fastest_product_after_the_first(monkeypatch):
 def test_the_plan_counts_the_real_geometry(capsys):
     bench.plan(train_sd35.parse_args([], bench.Arguments))
     lines = capsys.readouterr().out.splitlines()
-    assert "transformer, 2.24 G parameters" in lines[1] and "LoRA, 37.6 M" in lines[2]
+    assert "transformer, 2.47 G weights" in lines[1] and "LoRA, 37.6 M" in lines[2]
     for row in lines[7:10]:
         one, two, *_, last = map(float, row[27:].split())
         assert last - one == pytest.approx(47 * (two - one), rel=0.1, abs=0.5)
