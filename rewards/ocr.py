@@ -61,9 +61,9 @@ def similarity(read: str, target: str) -> float:
 def load(device: torch.device | str, model: str | None = None, line: int | None = None):
     """The paper's OCR reward, 0 to 1, by RapidOCR on the CPU.
 
-    line: where each picture is one line of text and nothing else, the least width at which the
-    recogniser sees it, in pixels, when it is 48 high. Text is then not looked for, only read, in one
-    thread: about 200 pictures a second at a width of 96. The released code always looks for it.
+    line: where each picture is one line of text and nothing else, the least width in pixels at
+    which the recogniser sees it, 48 high. Text is then not looked for, only read, in one thread:
+    about 200 pictures a second at a width of 96. The released code always looks for text.
 
     Text that stands on its head is not turned before it is read, as in the released code, where
     the classifier of orientations is off. About 5 images of 512 px a second on two cores; it uses

@@ -187,7 +187,7 @@ def pretrain(pipe, steps: int, batch: int = 32):
         return rng.choice(by_task[rng.choice(TASKS)])
 
     def draw(shown: list[dict], rng: random.Random) -> Tensor:
-        return paint([draw_scene(prompt, rng) for prompt in shown])
+        return tiny_sd35.to_latents(pipe, paint([draw_scene(prompt, rng) for prompt in shown]))
 
     sizes = {"wrong": WRONG, "steps": steps, "batch": batch}
     return tiny_sd35.pretrain(pipe, prompts, draw_prompt, draw, **sizes)

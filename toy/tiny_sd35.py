@@ -236,7 +236,7 @@ def pretrain(
     pipe: StableDiffusion3Pipeline,
     prompts: list[dict],
     draw_prompt: Callable[[random.Random], dict],
-    paint: Callable[[list[dict], random.Random], Tensor],
+    draw: Callable[[list[dict], random.Random], Tensor],
     *,
     wrong: float,
     steps: int,
@@ -244,8 +244,8 @@ def pretrain(
 ) -> Iterator[float]:
     """Flow matching of the transformer on noisy captions. Yields the loss of each step.
 
-    prompts: all that may be drawn. draw_prompt: one at random. paint: pictures (N, 3, H, W) in
-    [0, 1] of N prompts. wrong: the share of captions that are another picture's. A tenth are empty,
+    prompts: all that may be drawn. draw_prompt: one at random. draw: latents (N, C, h, w) of N
+    prompts' pictures. wrong: the share of captions that are another picture's. A tenth are empty,
     so that guidance can be used.
     """
     rng = random.Random(0)
@@ -261,7 +261,7 @@ def pretrain(
         shown, other = ([draw_prompt(rng) for _ in range(batch)] for _ in range(2))
         told = [b if rng.random() < wrong else a for a, b in zip(shown, other, strict=True)]
         rows = [0 if rng.random() < 0.1 else index[prompt["prompt"]] for prompt in told]
-        x0 = to_latents(pipe, paint(shown, rng))[:, None]
+        x0 = draw(shown, rng)[:, None]
         u, eps = torch.rand(batch, 1), torch.randn(x0.shape)
         t = 3 * u / (1 + 2 * u)  # the shift of the sampler
         v = pipe.transformer(

@@ -167,9 +167,12 @@ def pretrain(pipe, steps: int, batch: int = 32):
     import tiny_sd35
 
     prompts = of_task("training")
+    parts = [prompts[i : i + 256] for i in range(0, len(prompts), 256)]  # once, as the VAE is slow
+    encoded = [tiny_sd35.to_latents(pipe, paint([p["word"] for p in part])) for part in parts]
+    latents = dict(zip((prompt["word"] for prompt in prompts), torch.cat(encoded), strict=True))
 
     def draw(shown: list[dict], rng: random.Random) -> Tensor:
-        return paint([prompt["word"] for prompt in shown])
+        return torch.stack([latents[prompt["word"]] for prompt in shown])
 
     sizes = {"wrong": WRONG, "steps": steps, "batch": batch}
     return tiny_sd35.pretrain(pipe, prompts, lambda rng: rng.choice(prompts), draw, **sizes)
