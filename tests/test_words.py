@@ -7,10 +7,11 @@ import pytest
 import tiny_sd35
 import torch
 import words
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer
 
 import cli
 import prompts as prompt_sets
+import sd35
 from rewards import ocr
 
 TRAINING, TEST = words.of_task("training"), words.of_task("test")
@@ -131,19 +132,32 @@ def test_a_patch_holds_no_more_numbers_than_the_default_width():
 
 
 def test_the_tokens_spell_every_word(pipe, tmp_path):
-    pipe.tokenizer.save_pretrained(tmp_path / "clip")  # read back, as a run reads them
-    pipe.tokenizer_3.save_pretrained(tmp_path / "t5")
-    clip = CLIPTokenizer.from_pretrained(tmp_path / "clip")
-    t5 = T5TokenizerFast.from_pretrained(tmp_path / "t5")
-    for tokenizer, ends in ((clip, (1, 1)), (t5, (0, 1))):
-        for prompt in TRAINING[:200] + TEST:
-            ids = tokenizer(prompt["prompt"], truncation=False)["input_ids"]
-            assert len(ids) == words.LENGTH + 2 + sum(ends) <= words.TOKENS
-            middle = ids[ends[0] : len(ids) - ends[1]]
-            pieces = tokenizer.convert_ids_to_tokens(middle)
-            spelt = "".join(piece.strip("▁").removesuffix("</w>") for piece in pieces)
-            assert spelt.upper() == prompt["prompt"]
-            assert tokenizer.unk_token_id not in middle
+    pipe.tokenizer.save_pretrained(tmp_path)  # read back, as a run reads it
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    for prompt in TRAINING[:200] + TEST:
+        ids = tokenizer(prompt["prompt"], truncation=False)["input_ids"]
+        assert len(ids) == words.TOKENS == tokenizer.model_max_length
+        pieces = tokenizer.convert_ids_to_tokens(ids[1:-1])
+        assert "".join(piece.removesuffix("</w>") for piece in pieces).upper() == prompt["prompt"]
+        assert not {tokenizer.unk_token_id, tokenizer.eos_token_id} & set(ids[1:-1])
+
+
+def test_two_builds_have_the_same_tokens_and_weights(pipe):
+    other = words.build(width=32, layers=2)
+    assert other.tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
+    texts = [prompt["prompt"] for prompt in TEST[:4]]
+    pairs = zip(tiny_sd35.encode(pipe, texts), tiny_sd35.encode(other, texts), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_saved_pipeline_without_t5_reads_prompts_as_before(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = sd35.load_pipeline(str(tmp_path), torch.float32)
+    assert loaded.text_encoder_3 is None
+    text = TEST[0]["prompt"]
+    encoded = sd35.Encoder(loaded, words.TOKENS, torch.device("cpu"))([text], {})[text]
+    embeds, pooled = tiny_sd35.encode(pipe, [text])
+    assert torch.equal(encoded.embeds, embeds) and torch.equal(encoded.pooled, pooled)
 
 
 def test_words_that_differ_in_one_letter_or_in_order_are_told_apart(pipe):
