@@ -218,7 +218,7 @@ def main() -> None:
         args,
         build=build,
         pretrain=pretrain,
-        files={"prompts": of_task("training"), "held_out": of_task("test")},
+        files={"prompts": of_task("training"), "held_out": of_task("test")[:48]},
         shown=shown,
         title="OCR score",
         columns=columns,
