@@ -174,7 +174,7 @@ def build(
 ) -> StableDiffusion3Pipeline:
     """An untrained pipeline of SD3.5's classes, with three text encoders, VAE and all.
 
-    t5: None leaves the third text encoder out, as SD3.5's pipeline allows, and zeros stand for it.
+    t5: None leaves the third text encoder out, as SD3.5's pipeline allows: zeros stand for it.
     side: a picture's, in pixels. cell: that of a token of the transformer. tokens: of a prompt, at
     most, for each tokenizer. channels, scale: see `exact_vae`. width, layers: the transformer's.
     spread: see `clip_encoder`. The weights follow from torch's seed.
@@ -217,6 +217,11 @@ def build(
     return pipe
 
 
+def t5_tokens(pipe: StableDiffusion3Pipeline) -> int:
+    """How many tokens T5 gives to the transformer: one of zeros if there is no T5."""
+    return pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 else 1
+
+
 @torch.no_grad()
 def encode(pipe: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
     """Embeddings (N, tokens, width) and pooled ones (N, width)."""
@@ -225,7 +230,7 @@ def encode(pipe: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor, Te
         texts,
         texts,
         do_classifier_free_guidance=False,
-        max_sequence_length=pipe.tokenizer_max_length,
+        max_sequence_length=t5_tokens(pipe),
     )
     return embeds, pooled
 
@@ -306,7 +311,7 @@ def sample(
             num_inference_steps=steps,
             height=2 * half,
             width=2 * half,
-            max_sequence_length=pipe.tokenizer_max_length,
+            max_sequence_length=t5_tokens(pipe),
             output_type="pt",
         )
         images.append(output.images)

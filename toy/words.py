@@ -34,7 +34,7 @@ LENGTH = 4  # letters of a word, each in a cell
 SIDE, CELL = 64, 16  # a picture's and a cell's side in pixels
 ROW = slice(CELL, 2 * CELL)  # the rows of pixels in which the word stands
 LINE = slice(CELL // 2, 5 * CELL // 2)  # what the OCR sees of it: the word with a margin
-WRONG = 0.45  # share of wrong captions in pretraining
+WRONG = 0.4  # share of wrong captions in pretraining
 TOKENS = LENGTH + 4  # of a prompt: two quotation marks, a start and an end
 TRAINING, TEST = 4096, 96  # how many words there are to train on, and others to test with
 
@@ -202,7 +202,7 @@ class Arguments(tiny_world.Arguments):
     """A world of written words, and a tiny pipeline that writes them, to be trained by DGPO."""
 
     out: str = tiny_world.folder("words")
-    pretraining: int = option(2000, "Steps of the pretraining.", at_least=1)
+    pretraining: int = option(3000, "Steps of the pretraining.", at_least=1)
 
 
 def main() -> None:
