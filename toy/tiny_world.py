@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,9 @@ def folder(world: str) -> str:
     return option(str(default), "The pipeline's folder.", shown=f"toy/out/{world}")
 
 
-def read_arguments(arguments: type, argv: list[str], script: str) -> Arguments:
+def read_arguments(arguments: type, argv: list[str] | None, script: str) -> Arguments:
     """The command line. Raises Fault, also for what is not there or cannot be written to."""
-    args = cli.parse(arguments, argv)
+    args = cli.parse(arguments, sys.argv[1:] if argv is None else argv)
     for lora in args.lora:
         if not os.path.isfile(f"{lora}/{WEIGHTS}"):
             raise Fault(f"argument --lora: there is no {Path(lora) / WEIGHTS}")

@@ -35,8 +35,8 @@ class Arguments(tiny_world.Arguments):
     pretraining: int = option(3000, "Steps of the pretraining.", at_least=1, at_most=10**9)
 
 
-def read_arguments() -> tiny_world.Arguments:
-    return tiny_world.read_arguments(Arguments, sys.argv[1:], "toy/words.py")
+def read_arguments(argv: list[str] | None = None) -> tiny_world.Arguments:
+    return tiny_world.read_arguments(Arguments, argv, "toy/words.py")
 
 
 if __name__ == "__main__":
