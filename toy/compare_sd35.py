@@ -1,0 +1,451 @@
+"""The family on the worlds of SD3.5's own classes: `python toy/compare_sd35.py`.
+
+Figs. 3, 4 and 5 of the paper, by the trainer of train_sd35.py: the same pipeline, LoRA, rollouts,
+rewards and optimiser, and randomness by (seed, what for, step, prompt, sample). Only the noise of a
+rollout and the gradient differ by method, see `Family`; DGPO is the trainer's own step.
+
+Every method is searched for alike: so many settings on one seed and an eighth of the budget, the
+best of these on more, and what is best runs on fresh seeds, which alone are reported. --full goes
+through PASSES, a search of few settings and then one of more, and keeps every finished run in
+toy/results/<world>-family.json: stop it with Ctrl-C whenever you like, call it again to go on, and
+--table shows what there is. Without flags, what was chosen runs again for an eighth of the budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import threading
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import figures
+import matplotlib.pyplot as plt
+import torch
+from family_sd35 import FOLLOWED, ROOT, WORLDS, Evaluation, Run, Setting, run_setting
+from search import Dial, Range
+
+import cli
+from cli import Fault, option
+
+VERSION = 1  # of what a run means
+FRESH_SEEDS, TUNING_SEEDS, CHECK_SEED = (0, 1, 2), (100, 101), 20
+# How many settings are tried, and the rungs: seeds, share of the budget, how many go on.
+PASSES = {5: ((1, 1 / 8, 2), (1, 1 / 2, 1)), 12: ((1, 1 / 8, 4), (1, 1 / 2, 2), (2, 1.0, 1))}
+WORKS = 0.25  # a setting works if the first rung brings it this share of the way to the goal
+T_OF_TWO = 4.303  # the t distribution's 97.5 % point, two degrees of freedom: three seeds
+
+
+# What is tried.
+
+
+class Method(NamedTuple):
+    fixed: Setting
+    dials: dict[str, Dial]
+
+
+COMMON: dict[str, Dial] = {
+    "learning_rate": Range(5e-4, 5e-3),
+    "kl": Range(0.01, 0.3),
+    "prompts_per_step": (4, 8),
+    "num_inference_steps": (5, 10),
+    "updates_per_rollout": (1, 2, 4),
+}
+DENOISING: dict[str, Dial] = {**COMMON, "t_min": (0.2, 0.6), "train_timesteps": (1, 2, 4)}
+EXTREMES: dict[str, Dial] = {"train_samples": (2, 4, None)}
+BETA: dict[str, Dial] = {"beta": Range(1, 100)}
+CHEAP = {"num_inference_steps": 5, "updates_per_rollout": 2}
+CHEAP |= {"train_timesteps": 2, "train_samples": 4}
+NOISE = {"sde_noise": Range(0.3, 1.0), "trained_share": (0.5, 1.0), "clip": (0.2, 1.0)}
+METHODS = {
+    "DGPO": Method({}, DENOISING | BETA),
+    "DGPO with dials": Method(
+        {"train_samples": 4, "bound": 2.0, "updates_per_rollout": 2},
+        DENOISING | BETA | EXTREMES | {"bound": (1.0, 2.0, 4.0)},
+    ),
+    "Flow-GRPO": Method(
+        {"method": "Flow-GRPO", "sde_noise": 0.7, "kl": 0.01, "clip": 0.2},
+        COMMON | EXTREMES | NOISE | {"kl": Range(1e-3, 0.1)},
+    ),
+    "DiffusionNFT": Method(
+        {"method": "NFT", "beta": 1.0}, DENOISING | EXTREMES | {"beta": Range(0.1, 10)}
+    ),
+    "Diffusion-DPO": Method({"train_samples": 2}, DENOISING | BETA),
+}
+VARIANTS = {  # of the setting that was chosen for another method
+    "DGPO offline": ("DGPO", {"offline": True}),
+    "DGPO, SDE rollouts": ("DGPO", {"sde_noise": 0.7}),
+    "DGPO, t_min 0": ("DGPO", {"t_min": 0.0}),
+    "DGPO, t_min 0.6": ("DGPO", {"t_min": 0.6}),
+}
+MAIN = ("DGPO with dials", "Flow-GRPO", "DGPO", "DiffusionNFT")
+ORDER = [("words", name) for name in MAIN] + [("shapes", name) for name in MAIN]
+ORDER += [("words", name) for name in ("Diffusion-DPO", *VARIANTS)]
+
+
+def tried(name: str, n: int) -> list[Setting]:
+    """The default, the same with what makes a step cheap, and others at random.
+
+    A dial has the same luck for every method, and the first settings do not depend on n.
+    """
+    fixed, dials = METHODS[name]
+    found = [fixed, fixed | {dial: CHEAP[dial] for dial in CHEAP if dial in dials}]
+    for i in range(n - len(found)):
+        row = {}
+        for dial, among in dials.items():
+            u = random.Random(f"{i} {dial}").random()
+            row[dial] = among.at(u) if isinstance(among, Range) else among[int(u * len(among))]
+        found.append(fixed | row)
+    return found
+
+
+# Finished runs.
+
+
+class Missing(Fault):
+    """Runs that are not kept, where nothing is to be computed."""
+
+
+def digest(world: str) -> str:
+    """Which pipeline a world's runs began with. Raises Fault if there is none."""
+    folder = ROOT / "toy" / "out" / world
+    weights = sorted(folder.glob("transformer/*.safetensors"))
+    if not weights:
+        raise Fault(f"there is no pipeline in {folder}; run `python toy/{world}.py` first")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
+
+
+class Results:
+    """One JSON file a world, written aside and renamed after every run.
+
+    Runs may be asked for by several threads. They are computed a core each, and one only once.
+    """
+
+    def __init__(self, out: Path, compute: bool = True, keep: bool = True):
+        self.out, self.compute, self.keep = out, compute, keep
+        self.kept: dict[str, dict] = {}
+        self.running: dict[str, Future] = {}
+        self.lock = threading.RLock()
+        self.pool = ProcessPoolExecutor(len(os.sched_getaffinity(0))) if compute else None
+
+    def load(self, world: str) -> dict:
+        """{"version", "pipeline", "runs"} of a world. Raises Fault at what it cannot go on with."""
+        if world not in self.kept:
+            path = self.out / f"{world}-family.json"
+            kept = cli.read_json(path) or {"version": VERSION, "pipeline": None, "runs": {}}
+            aside = f"move {path} away, or give another --out"
+            if kept.get("version") != VERSION:
+                raise Fault(f"the runs in {path} are of another version; {aside}")
+            if self.compute:
+                now = digest(world)
+                if (kept["pipeline"] or now) != now and self.keep:
+                    raise Fault(f"the runs in {path} began with another pipeline; {aside}")
+                kept["pipeline"] = now
+            self.kept[world] = kept
+        return self.kept[world]
+
+    def run(self, world: str, setting: Setting, seed: int, budget: int) -> Run:
+        """A run of this budget, or the beginning of a longer one. Raises Missing."""
+        key, goal = json.dumps([setting, seed], sort_keys=True), WORLDS[world].goal
+        with self.lock:
+            found = self.load(world)["runs"].get(key)
+            if found and found["budget"] >= budget:
+                seen = [Evaluation(*row) for row in found["evaluations"]]
+                return Run(found["budget"], seen).until(budget, goal)
+            if self.pool is None:
+                raise Missing(f"not finished yet: {world}, {key}")
+            name = f"{world} {key} {budget}"
+            if name not in self.running:
+                self.running[name] = self.pool.submit(run_setting, world, setting, seed, budget)
+            future = self.running[name]
+        evaluations = future.result()
+        with self.lock:
+            kept = self.load(world)
+            if kept["runs"].get(key, {"budget": 0})["budget"] < budget:
+                kept["runs"][key] = {"budget": budget, "evaluations": evaluations}
+                text = json.dumps(kept, separators=(",", ":"))
+                if self.keep:
+                    path = self.out / f"{world}-family.json"
+                    cli.replace_file(path, lambda new: new.write_text(text))
+                end = evaluations[-1]
+                print(f"{world}: {key}: {end.cost} forwards, {end.accuracy:.3f}", flush=True)
+        return Run(budget, evaluations).until(budget, goal)
+
+    def runs(self, world: str, tasks: list[tuple[Setting, int]], budget: int) -> list[Run]:
+        """Those of several settings and seeds, side by side."""
+        if self.pool is None:
+            return [self.run(world, *task, budget) for task in tasks]
+        with ThreadPoolExecutor(len(tasks)) as threads:
+            return list(threads.map(lambda task: self.run(world, *task, budget), tasks))
+
+
+# The search, and the report.
+
+
+class Search(NamedTuple):
+    best: Setting
+    tried: int
+    work: int  # how many of these work
+
+
+def order(world: str, runs: list[Run]) -> tuple[float, float]:
+    """Less is better: the mean cost to arrive, then how far from the goal the runs end."""
+    n, goal = len(runs), WORLDS[world].goal
+    close = sum(min(run.end.accuracy, goal) for run in runs) / n
+    return sum(run.restricted() for run in runs) / n, -close
+
+
+def search(results: Results, world: str, name: str, n: int) -> Search:
+    """Successive halving. Raises Missing."""
+    settings, work = tried(name, n), 0
+    for seeds, share, go_on in PASSES[n]:
+        tasks = [(setting, seed) for setting in settings for seed in TUNING_SEEDS[:seeds]]
+        runs = results.runs(world, tasks, round(share * WORLDS[world].budget))
+        rows = [runs[i : i + seeds] for i in range(0, len(runs), seeds)]
+        if len(settings) == n:
+            work = sum(way(world, row[0]) >= WORKS for row in rows)
+        ranked = sorted(range(len(rows)), key=lambda i: order(world, rows[i]))  # noqa: B023
+        settings = [settings[i] for i in ranked[:go_on]]
+    return Search(settings[0], n, work)
+
+
+def way(world: str, run: Run) -> float:
+    """How far a run came from the base (0) to the goal (1)."""
+    base = run.evaluations[0].accuracy
+    return (run.end.accuracy - base) / (WORLDS[world].goal - base)
+
+
+def chosen(results: Results, world: str, name: str, n: int) -> Search:
+    """What a search of n settings has found, or for a variant, what it is of with its change."""
+    if name in METHODS:
+        return search(results, world, name, n)
+    of, change = VARIANTS[name]
+    found = search(results, world, of, n)
+    return found._replace(best=found.best | change)
+
+
+def measure(results: Results, n: int, world: str, name: str) -> None:
+    best = chosen(results, world, name, n).best
+    results.runs(world, [(best, seed) for seed in FRESH_SEEDS], WORLDS[world].budget)
+
+
+class Report(NamedTuple):
+    search: Search
+    runs: list[Run]  # on the fresh seeds, as many as are finished
+
+
+def reports(results: Results, world: str) -> tuple[dict[str, Report], list[str]]:
+    """By method, after the largest search that is finished; and what is missing."""
+    found, missing = {}, []
+    for name in dict.fromkeys(name for of, name in ORDER if of == world):
+        for n in sorted(PASSES, reverse=True):
+            try:
+                about = chosen(results, world, name, n)
+            except Missing:
+                continue
+            runs = []
+            for seed in FRESH_SEEDS:
+                with contextlib.suppress(Missing):
+                    runs.append(results.run(world, about.best, seed, WORLDS[world].budget))
+            if runs:
+                found[name] = Report(about, runs)
+                break
+        if name not in found:
+            missing.append(f"{name} in {world}")
+        elif len(found[name].runs) < len(FRESH_SEEDS):
+            missing.append(f"the other seeds of {name} in {world}")
+    return found, missing
+
+
+def ratio(runs: list[Run], other: list[Run]) -> str:
+    """The other's mean cost to arrive over the first's, by the mean logarithm, and its interval.
+
+    The interval is Welch's t of the logarithms, with the fewest degrees of freedom. If not all of
+    the other's runs arrive, the ratio is a lower bound; if not all of the first's, there is none.
+    """
+    if any(run.arrived is None for run in runs) or not other:
+        return "-"
+    logs = [torch.tensor([math.log(run.restricted()) for run in each]) for each in (runs, other)]
+    middle = (logs[1].mean() - logs[0].mean()).exp().item()
+    if any(run.arrived is None for run in other):
+        return f"> {middle:.1f}"
+    if len(runs) < len(FRESH_SEEDS) or len(other) < len(FRESH_SEEDS):
+        return f"{middle:.1f}"
+    error = sum(each.var() / len(each) for each in logs).sqrt().item()
+    low, high = (middle * math.exp(sign * T_OF_TWO * error) for sign in (-1, 1))
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+HEADER = ["world", "method", "settings tried", "that work", "seeds that arrive"]
+HEADER += ["cost, thousands of forwards", "CPU seconds", "accuracy at the end"]
+HEADER += ["quality: base, end", "cost over that of DGPO with dials"]
+
+
+def row(world: str, name: str, found: dict[str, Report]) -> list[str]:
+    about, runs = found[name]
+    there = [run for run in runs if run.arrived is not None]
+    costs = [run.restricted() / 1000 for run in runs]
+    seconds = [run.at(run.restricted()).seconds for run in runs]
+    mark = "" if len(there) == len(runs) else "> "
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    searched = name in METHODS
+    compared = found["DGPO with dials"].runs if "DGPO with dials" in found else []
+    return [
+        world,
+        name,
+        str(about.tried) if searched else f"as {VARIANTS[name][0]}",
+        f"{about.work} of {about.tried}" if searched else "-",
+        f"{len(there)} of {len(runs)}",
+        f"{mark}{mean(costs):.0f} ({min(costs):.0f} to {max(costs):.0f})",
+        f"{mark}{mean(seconds):.0f}",
+        f"{mean([run.end.accuracy for run in runs]):.3f}",
+        f"{runs[0].evaluations[0].quality:.4f}, {mean([run.end.quality for run in runs]):.4f}",
+        ratio(compared, runs) if compared and name != "DGPO with dials" else "-",
+    ]
+
+
+STYLES = figures.STYLES | {
+    "DGPO offline": ("#0b3c6f", ":", "v"),
+    "DGPO, SDE rollouts": ("#009e73", "--", "^"),
+    "DGPO, t_min 0": ("#666666", "--", "X"),
+    "DGPO, t_min 0.6": ("#666666", ":", "<"),
+}
+
+
+def plot(path: Path, found: dict[str, dict[str, Report]]) -> None:
+    """The accuracy of each run against its cost, a panel a world; the dot is where it arrived."""
+    figure, axes = figures.panels(list(found), 5)
+    for panel, (world, by_method) in zip(axes, found.items(), strict=True):
+        for name, (_, runs) in by_method.items():
+            color, line, marker = STYLES[name]
+            for i, run in enumerate(runs):
+                rows = [(one.cost, one.accuracy) for one in run.evaluations[1:]]
+                label = None if i else name
+                panel.plot(*zip(*rows, strict=True), line, color=color, label=label, lw=1.5)
+                if run.arrived is not None:
+                    where = run.arrived, run.at(run.arrived).accuracy
+                    panel.plot(*where, marker, color=color, markersize=8)
+        panel.axhline(WORLDS[world].goal, color="black", lw=1, ls=(0, (1, 3)))
+        panel.set_xscale("log")
+        panel.grid(alpha=0.3)
+    x, y = "cost, forwards of one sample", "accuracy, held out"
+    figures.save(figure, path, x, y, max(axes, key=lambda panel: len(panel.lines)))
+
+
+def page(results: Results) -> str:
+    """The table and its words; draws the figure, if there is anything to show."""
+    found, missing, rows, settings = {}, [], [], []
+    for world in dict.fromkeys(world for world, _ in ORDER):
+        by_method, absent = reports(results, world)
+        missing += absent
+        if by_method:
+            found[world] = by_method
+        for name in by_method:
+            rows.append(row(world, name, by_method))
+            best = by_method[name].search.best
+            shown = ", ".join(f"{dial} {value}" for dial, value in best.items())
+            settings.append([world, name, shown or "as in the world's .yaml file"])
+    parts = [INTRODUCTION]
+    if found:
+        plot(results.out / "sd35.png", found)
+        parts += ["![accuracy against cost](sd35.png)", figures.table(HEADER, rows)]
+        parts += ["## What was chosen", figures.table(["world", "method", "setting"], settings)]
+    if missing:
+        parts += ["## Not measured yet", f"`--full` goes on with: {'; '.join(missing)}."]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = f"""# The family on SD3.5's own classes
+
+Written by `python toy/compare_sd35.py --table` from the runs kept beside this file; do not edit.
+
+- **Worlds**: [words](../words.py), read by a real OCR network, and [shapes](../shapes.py), with an
+  exact checker. Accuracy is the reward that is trained on, of the validation prompts, drawn by the
+  saved average from noise that no run trains on. Quality is rewarded in no run.
+- **Methods**: the trainer of train_sd35.py, with another rollout or gradient where the method has
+  one. Cost is in forwards of one sample; a backward counts two. CPU seconds are those of the
+  training, rewards included.
+- **Arrived**: at the goal, {", ".join(f"{w.goal:g} in {name}" for name, w in WORLDS.items())}, for
+  nine of ten evaluations until {FOLLOWED:g} times the cost. A run that does not arrive counts as
+  the whole budget of {" and ".join(f"{w.budget:,}" for w in WORLDS.values())} forwards, and the
+  cost is then a lower bound (>). In brackets: the cheapest and the dearest seed.
+- **Search**: as many settings as the table says, by successive halving on seeds that are not
+  reported. A setting works if the first rung, an eighth of the budget, brings it {WORKS:.0%} of the
+  way to the goal.
+- **Ratio**: of the geometric means, with Welch's 95 % interval over the logarithms of the seeds'
+  costs, and two degrees of freedom, as there are three seeds."""
+
+
+@dataclasses.dataclass
+class Options:
+    """Compares DGPO with its family on SD3.5's own classes; see toy/results/sd35.md."""
+
+    full: bool = option(
+        False,
+        "Search and report, in both worlds: up to six hours on two cores if nothing is kept. Stop "
+        "it at any time: what is finished is kept, and the next call goes on.",
+    )
+    table: bool = option(False, "Compute nothing: the table and the figure of what is kept.")
+    world: str = option("words", "Without --full, the world to run in.", choices=list(WORLDS))
+    out: str = option(
+        str(Path(__file__).parent / "results"), "The results' folder.", shown="toy/results"
+    )
+
+
+def full(results: Results) -> None:
+    """All passes. As many methods are at work as there are cores."""
+    jobs = [(n, world, name) for n in PASSES for world, name in ORDER]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        try:
+            for done in [threads.submit(measure, results, *job) for job in jobs]:
+                done.result()
+        except (KeyboardInterrupt, CancelledError):
+            threads.shutdown(wait=False, cancel_futures=True)
+            results.pool.shutdown(cancel_futures=True)
+            raise KeyboardInterrupt from None
+
+
+def check(results: Results, world: str) -> str:
+    """What was chosen, or else the default, on another seed, beside what was reported."""
+    budget, rows = WORLDS[world].budget // 8, []
+    found, _ = reports(Results(results.out, compute=False), world)
+    best = {
+        name: found[name].search.best if name in found else METHODS[name].fixed for name in MAIN
+    }
+    runs = results.runs(world, [(setting, CHECK_SEED) for setting in best.values()], budget)
+    for name, run in zip(best, runs, strict=True):
+        before = [kept.at(budget).accuracy for kept in found[name].runs] if name in found else []
+        shown = f"{sum(before) / len(before):.3f}" if before else "-"
+        base = run.evaluations[0].accuracy
+        rows.append([name, f"{base:.3f}", f"{run.end.accuracy:.3f}", shown])
+    return figures.table(["method", "base", f"now, at {budget:,} forwards", "reported"], rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = cli.parse(Options, sys.argv[1:] if argv is None else argv)
+    out = cli.make_folder(args.out, "out")
+    plt.switch_backend("agg")
+    if not (args.full or args.table):
+        print(check(Results(out, keep=False), args.world))
+        return
+    try:
+        if args.full:
+            full(Results(out))
+    finally:
+        text = page(Results(out, compute=False))
+        cli.replace_file(out / "sd35.md", lambda path: path.write_text(text))
+        print(text)
+
+
+if __name__ == "__main__":
+    cli.run("compare_sd35.py", main)
