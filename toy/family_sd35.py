@@ -30,7 +30,7 @@ import sd35  # noqa: E402
 import train_sd35  # noqa: E402
 from cli import Fault, option  # noqa: E402
 
-GRID = [2 ** (-k / 5) for k in range(30, -1, -1)]  # of the budget: where a run is evaluated
+GRID = [2 ** (-k / 4) for k in range(24, -1, -1)]  # of the budget: where a run is evaluated
 STAYS, FOLLOWED = 0.9, 1.3  # arrived: there since in this share of evaluations, and for that long
 SDE_NOISE, EVALUATION = 5, 6  # what a seed is for, after the trainer's own five
 
@@ -46,7 +46,7 @@ class World:
 
 
 WORLDS = {
-    "words": World("clean", 0.97, 400_000, 2),
+    "words": World("cleanness", 0.97, 400_000, 1),
     "shapes": World("cleanness", 0.85, 1_000_000, 4),
 }
 
