@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import bench
 import compare_sd35
 import family_sd35
 import methods
@@ -21,6 +23,7 @@ import torch
 from compare_sd35 import Report, Results, Search
 from family_sd35 import Evaluation, Run, World
 
+import bench
 import cli
 import dgpo
 import sd35
@@ -166,9 +169,8 @@ def test_the_gradient_of_a_trajectory_is_that_of_the_toy(share, trainer):
     setting = {"kl": args.kl, "clip": 0.2, "sde_noise": 0.7, "trained_share": share}
     setting = methods.Setting("ring-2", "Flow-GRPO", rollout_steps=3, **setting)
     for update in range(2):
-        found = of_theta(
-            made, lambda: made.backward_group(4, 1, TEXT, trajectory, advantages, update)
-        )
+        group = 4, 1, TEXT, trajectory, advantages, update
+        found = of_theta(made, functools.partial(made.backward_group, *group))
         expected = of_theta(
             made, lambda: methods.backward_flow_grpo(networks(model), setting, rollout)
         )
@@ -197,9 +199,9 @@ def test_dgpo_is_the_trainer_bit_for_bit(tiny, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(family_sd35, "prepare", watched)
-    small_world(tiny, monkeypatch, budget=3 * 360, **changed, ema_steps=2)
-    found = family_sd35.run_setting("shapes", {}, 0, 3 * 360)
-    assert found[-1].cost == 3 * 360
+    small_world(tiny, monkeypatch, budget=3 * 288, **changed, ema_steps=2)
+    found = family_sd35.run_setting("shapes", {}, 0, 3 * 288)
+    assert found[-1].cost == 3 * 288
     (trainer,) = trainers
     named = zip(trainer.model.theta, trainer.model.average, strict=True)
     average = {tuple(theta.shape): [] for theta in trainer.model.theta}
@@ -291,9 +293,9 @@ def test_arrival_needs_staying():
 
 
 def test_a_run_of_a_smaller_budget_is_the_beginning_of_a_longer_one(tiny, monkeypatch):
-    small_world(tiny, monkeypatch, budget=4000)
-    long, short = (family_sd35.run_setting("shapes", {}, 100, b) for b in (4000, 500))
-    begun = Run(4000, long).until(500, 2.0).evaluations
+    small_world(tiny, monkeypatch, budget=2000)
+    long, short = (family_sd35.run_setting("shapes", {}, 100, b) for b in (2000, 500))
+    begun = Run(2000, long).until(500, 2.0).evaluations
     assert len(short) < len(long)
 
     def alike(found):
@@ -346,10 +348,7 @@ def test_a_search_halves_and_prefers_what_arrives():
     found = compare_sd35.search(results, "words", "DGPO", 12)
     assert found.best["learning_rate"] == goal and found.tried == 12 and found.work >= 1
     budget = family_sd35.WORLDS["words"].budget
-    counted = [
-        sum(share == budget / of for *_, share in map(lambda a: a, results.asked))
-        for of in (8, 2, 1)
-    ]
+    counted = [sum(asked == budget / of for *_, asked in results.asked) for of in (8, 2, 1)]
     assert counted == [12, 4, 4]  # the last rung has two seeds
     assert not {seed for _, seed, _ in results.asked} & {*compare_sd35.FRESH_SEEDS}
     variant = compare_sd35.chosen(results, "words", "DGPO offline", 12)
@@ -362,17 +361,13 @@ def arriving(*costs, budget=400_000):
 
 def test_a_ratio_says_no_more_than_the_seeds_do():
     one, far = arriving(100, 110, 90), arriving(1000, 1100, 900)
-    middle, low, high = map(float, re_numbers(compare_sd35.ratio(one, far)))
+    middle, low, high = map(float, re.findall(r"[\d.]+", compare_sd35.ratio(one, far)))
     assert middle == 10 and 5 < low < 8 and 13 < high < 20
     by_hand = torch.tensor([100.0, 110, 90]).log().std() * (2 / 3) ** 0.5
     assert high == pytest.approx(10 * math.exp(4.303 * by_hand), abs=0.06)
     assert compare_sd35.ratio(one, arriving(1000, None, 900)).startswith("> ")
     assert compare_sd35.ratio(arriving(100, None, 90), far) == "-"
     assert "[" not in compare_sd35.ratio(one[:2], far)
-
-
-def re_numbers(text):
-    return text.replace("[", "").replace("]", "").replace(",", "").split()
 
 
 def test_the_table_says_how_many_settings_and_seeds(tmp_path):
@@ -397,10 +392,11 @@ CHILD = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/toy", {root!r} + "/tests"]
 import compare_sd35, family_sd35, test_compare_sd35 as t
+family_sd35.GRID = [1 / 8, 1]
 class Patch:
     setattr = staticmethod(setattr)
     setitem = staticmethod(lambda of, key, value: of.__setitem__(key, value))
-t.small_world({tiny!r}, Patch, budget=3000)
+t.small_world({tiny!r}, Patch, budget=1000)
 compare_sd35.PASSES = {{3: ((1, 1 / 8, 1),)}}
 compare_sd35.ORDER = [("shapes", "DGPO"), ("shapes", "Flow-GRPO")]
 compare_sd35.digest = lambda world: "tiny"
@@ -421,8 +417,6 @@ def kept_runs(out):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_comparison_goes_on(number, tiny, tmp_path):
-    import os
-
     first, start = child(tiny, tmp_path, "--full"), time.time()
     while not kept_runs(tmp_path) and first.poll() is None and time.time() - start < 60:
         time.sleep(0.05)
