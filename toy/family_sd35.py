@@ -46,8 +46,8 @@ class World:
 
 
 WORLDS = {
-    "words": World("cleanness", 0.97, 400_000, 1),
-    "shapes": World("cleanness", 0.85, 1_000_000, 4),
+    "words": World("cleanness", 0.97, 350_000, 1),
+    "shapes": World("cleanness", 0.8, 600_000, 4),
 }
 
 
