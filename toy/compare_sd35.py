@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import sys
@@ -122,6 +123,12 @@ def digest(world: str) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
 
 
+def end_with_parent() -> None:
+    """Makes this process end when the one that has started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 class Results:
     """One JSON file a world, written aside and renamed after every run.
 
@@ -133,7 +140,8 @@ class Results:
         self.kept: dict[str, dict] = {}
         self.running: dict[str, Future] = {}
         self.lock = threading.RLock()
-        self.pool = ProcessPoolExecutor(len(os.sched_getaffinity(0))) if compute else None
+        cores = len(os.sched_getaffinity(0))
+        self.pool = ProcessPoolExecutor(cores, initializer=end_with_parent) if compute else None
 
     def load(self, world: str) -> dict:
         """{"version", "pipeline", "runs"} of a world. Raises Fault at what it cannot go on with."""
