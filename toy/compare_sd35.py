@@ -39,7 +39,11 @@ from cli import Fault, option
 VERSION = 1  # of what a run means
 FRESH_SEEDS, TUNING_SEEDS, CHECK_SEED = (0, 1, 2), (100, 101), 20
 # How many settings are tried, and the rungs: seeds, share of the budget, how many go on.
-PASSES = {4: ((1, 1 / 8, 1),), 12: ((1, 1 / 8, 4), (1, 1 / 2, 2), (2, 1.0, 1))}
+PASSES = {
+    2: ((1, 1 / 8, 1),),
+    6: ((1, 1 / 8, 2), (1, 1 / 2, 1)),
+    12: ((1, 1 / 8, 4), (1, 1 / 2, 2), (2, 1.0, 1)),
+}
 WORKS = 0.25  # a setting works if the first rung brings it this share of the way to the goal
 T_OF_TWO = 4.303  # the t distribution's 97.5 % point, two degrees of freedom: three seeds
 

@@ -42,12 +42,13 @@ class World:
     quality: str  # what nobody trains on, a function of the world's file
     goal: float  # of the reward, on the validation prompts
     budget: int  # forwards of a run
-    draws: int  # pictures of each validation prompt in an evaluation
+    prompts: int  # how many of the validation prompts an evaluation draws, at most
+    draws: int  # pictures of each
 
 
 WORLDS = {
-    "words": World("cleanness", 0.97, 350_000, 1),
-    "shapes": World("cleanness", 0.8, 600_000, 4),
+    "words": World("cleanness", 0.97, 350_000, 48, 1),
+    "shapes": World("cleanness", 0.8, 600_000, 24, 4),
 }
 
 
@@ -305,6 +306,7 @@ def run_setting(world: str, setting: Setting, seed: int, budget: int) -> list[Ev
     about, args = WORLDS[world], arguments(world, setting, seed)
     trainer, encode = prepare(args)
     training, validation = train_sd35.read_prompts(args)
+    validation = validation[: about.prompts]
     watched = [prompt for prompt in validation for _ in range(about.draws)]
     names = [args.reward[0], f"{ROOT}/toy/{world}.py:{about.quality}"]
     judges = {name: rewards.load(name, trainer.device) for name in names}
