@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import threading
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -416,6 +417,8 @@ class Options:
 
 def full(results: Results, worlds: list[str]) -> None:
     """All passes. As many methods are at work as there are cores."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
     jobs = [(n, *job) for n in PASSES for job in ORDER if job[0] in worlds]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         try:
