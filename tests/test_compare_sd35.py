@@ -409,6 +409,31 @@ def comparison(out):
     cli.run("compare_sd35.py", lambda: compare_sd35.main(line))
 
 
+def test_without_flags_it_is_shown_again_beside_what_was_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.setattr(compare_sd35, "run_setting", slow_run)
+    monkeypatch.setattr(compare_sd35, "digest", lambda world: "tiny")
+    settings = compare_sd35.tried("DGPO", 2)
+    kept = {
+        json.dumps([setting, seed], sort_keys=True): {
+            "budget": 600_000,
+            "evaluations": [[0, 0, 0.5, 0], [75_000, 1, share, 0], [600_000, 2, 0.7, 0]],
+        }
+        for setting, share in zip(settings, (0.66, 0.61), strict=True)
+        for seed in (*compare_sd35.FRESH_SEEDS, *compare_sd35.TUNING_SEEDS)
+    }
+    text = json.dumps({"version": 1, "pipeline": "tiny", "runs": kept})
+    (tmp_path / "shapes-family.json").write_text(text)
+    compare_sd35.main(["--worlds", "shapes", "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    shown = {name: reported for name, _, now, reported in rows if now == "0.600"}
+    assert shown == {**dict.fromkeys(compare_sd35.MAIN, "-"), "DGPO": "0.660"}
+    assert (tmp_path / "shapes-family.json").read_text() == text
+    begun = (tmp_path / "log").read_text().splitlines()
+    assert len(begun) == 4 and all(line.endswith(" 20") for line in begun)
+
+
 def at_work(group):
     """Whether a process of the group is there, and not only its name."""
     for status in Path("/proc").glob("[0-9]*/stat"):
@@ -470,6 +495,8 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
         return str(error.value)
 
     assert "run `python toy/shapes.py` first" in fault()
+    with pytest.raises(cli.Fault, match="run `python toy/shapes.py` first"):  # at once
+        compare_sd35.main(["--full", "--worlds", "shapes", "--out", str(tmp_path)])
     (tmp_path / "toy/out/shapes/transformer").mkdir(parents=True)
     (tmp_path / "toy/out/shapes/transformer/x.safetensors").write_bytes(b"x")
     assert "another pipeline" in fault() and str(kept) in fault()

@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -419,15 +420,21 @@ def full(results: Results, worlds: list[str]) -> None:
     """All passes. As many methods are at work as there are cores."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
+    for world in worlds:
+        results.load(world)  # raises before anything runs
     jobs = [(n, *job) for n in PASSES for job in ORDER if job[0] in worlds]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         try:
             for done in [threads.submit(measure, results, *job) for job in jobs]:
                 done.result()
-        except (KeyboardInterrupt, CancelledError):
+        except BaseException as end:
             threads.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             results.pool.shutdown(cancel_futures=True)
-            raise KeyboardInterrupt from None
+            if isinstance(end, CancelledError | BrokenProcessPool):
+                raise KeyboardInterrupt from None
+            raise
 
 
 def check(results: Results, world: str) -> str:
