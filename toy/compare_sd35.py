@@ -245,7 +245,7 @@ def chosen(results: Results, world: str, name: str, n: int) -> Search:
     return found._replace(best=found.best | change)
 
 
-def measure(results: Results, n: int, world: str, name: str) -> None:
+def measure(results: Results, world: str, name: str, n: int) -> None:
     best = chosen(results, world, name, n).best
     results.runs(world, [(best, seed) for seed in FRESH_SEEDS], WORLDS[world].budget)
 
@@ -417,15 +417,16 @@ class Options:
 
 
 def full(results: Results, worlds: list[str]) -> None:
-    """All passes. As many methods are at work as there are cores."""
+    """All passes: in each the searches, then the reports, as many at a time as there are cores."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
     for world in worlds:
         results.load(world)  # raises before anything runs
-    jobs = [(n, *job) for n in PASSES for job in ORDER if job[0] in worlds]
+    mine = [job for job in ORDER if job[0] in worlds]
+    jobs = [(work, *job, n) for n in PASSES for work in (chosen, measure) for job in mine]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         try:
-            for done in [threads.submit(measure, results, *job) for job in jobs]:
+            for done in [threads.submit(work, results, *job) for work, *job in jobs]:
                 done.result()
         except BaseException as end:
             threads.shutdown(wait=False, cancel_futures=True)
