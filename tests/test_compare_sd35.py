@@ -18,10 +18,12 @@ import compare_sd35
 import family_sd35
 import methods
 import pytest
+import report_sd35
 import shapes
 import torch
-from compare_sd35 import Report, Results, Search
+from compare_sd35 import Results
 from family_sd35 import Evaluation, Run, World
+from report_sd35 import Report, Search
 
 import bench
 import cli
@@ -361,27 +363,25 @@ def arriving(*costs, budget=400_000):
 
 def test_a_ratio_says_no_more_than_the_seeds_do():
     one, far = arriving(100, 110, 90), arriving(1000, 1100, 900)
-    middle, low, high = map(float, re.findall(r"[\d.]+", compare_sd35.ratio(one, far)))
+    middle, low, high = map(float, re.findall(r"[\d.]+", report_sd35.ratio(one, far)))
     assert middle == 10 and 5 < low < 8 and 13 < high < 20
     by_hand = torch.tensor([100.0, 110, 90]).log().std() * (2 / 3) ** 0.5
     assert high == pytest.approx(10 * math.exp(4.303 * by_hand), abs=0.06)
-    assert compare_sd35.ratio(one, arriving(1000, None, 900)).startswith("> ")
-    assert compare_sd35.ratio(arriving(100, None, 90), far) == "-"
-    assert "[" not in compare_sd35.ratio(one[:2], far)
+    assert report_sd35.ratio(one, arriving(1000, None, 900)).startswith("> ")
+    assert report_sd35.ratio(arriving(100, None, 90), far) == "-"
+    assert "[" not in report_sd35.ratio(one[:2], far)
 
 
 def test_the_table_says_how_many_settings_and_seeds(tmp_path):
     about = Search({"beta": 3.0}, 5, 4)
     found = {"DGPO with dials": Report(about, arriving(20_000, 30_000))}
     found["Flow-GRPO"] = Report(about, arriving(200_000, None, 300_000))
-    cells = dict(
-        zip(compare_sd35.HEADER, compare_sd35.row("words", "Flow-GRPO", found), strict=True)
-    )
+    cells = dict(zip(report_sd35.HEADER, report_sd35.row("words", "Flow-GRPO", found), strict=True))
     assert cells["settings tried"] == "5" and cells["that work"] == "4 of 5"
     assert cells["seeds that arrive"] == "2 of 3"
     assert cells["cost, thousands of forwards"] == "> 300 (200 to 400)"
     assert cells["cost over that of DGPO with dials"].startswith("> ")
-    compare_sd35.plot(tmp_path / "figure.png", {"words": found, "shapes": found})
+    report_sd35.plot(tmp_path / "figure.png", {"words": found, "shapes": found})
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -524,4 +524,4 @@ def test_only_what_a_method_has_is_changed():
         assert {*fixed, *dials} <= names
     assert {world for world, _ in compare_sd35.ORDER} == {*family_sd35.WORLDS}
     styles = itertools.chain(compare_sd35.METHODS, compare_sd35.VARIANTS)
-    assert {*styles} <= {*compare_sd35.STYLES}
+    assert {*styles} <= {*report_sd35.STYLES}

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -31,23 +30,21 @@ from typing import NamedTuple
 
 import figures
 import matplotlib.pyplot as plt
-import torch
-from family_sd35 import FOLLOWED, ROOT, WORLDS, Evaluation, Run, Setting, run_setting
+from family_sd35 import ROOT, WORLDS, Evaluation, Run, Setting, run_setting
+from report_sd35 import SEEDS, WORKS, Report, Search, Tried, page
 from search import Dial, Range
 
 import cli
 from cli import Fault, option
 
 VERSION = 1  # of what a run means
-FRESH_SEEDS, TUNING_SEEDS, CHECK_SEED = (0, 1, 2), (100, 101), 20
+FRESH_SEEDS, TUNING_SEEDS, CHECK_SEED = tuple(range(SEEDS)), (100, 101), 20
 # How many settings are tried, and the rungs: seeds, share of the budget, how many go on.
 PASSES = {
     2: ((1, 1 / 8, 1),),
     6: ((1, 1 / 8, 2), (1, 1 / 2, 1)),
     12: ((1, 1 / 8, 4), (1, 1 / 2, 2), (2, 1.0, 1)),
 }
-WORKS = 0.25  # a setting works if the first rung brings it this share of the way to the goal
-T_OF_TWO = 4.303  # the t distribution's 97.5 % point, two degrees of freedom: three seeds
 
 
 # What is tried.
@@ -203,12 +200,6 @@ class Results:
 # The search, and the report.
 
 
-class Search(NamedTuple):
-    best: Setting
-    tried: int
-    work: int  # how many of these work
-
-
 def order(world: str, runs: list[Run]) -> tuple[float, float]:
     """Less is better: the mean cost to arrive, then how far from the goal the runs end."""
     n, goal = len(runs), WORLDS[world].goal
@@ -242,7 +233,7 @@ def chosen(results: Results, world: str, name: str, n: int) -> Search:
         return search(results, world, name, n)
     of, change = VARIANTS[name]
     found = search(results, world, of, n)
-    return found._replace(best=found.best | change)
+    return found._replace(best=found.best | change, of=of)
 
 
 def measure(results: Results, world: str, name: str, n: int) -> None:
@@ -250,9 +241,15 @@ def measure(results: Results, world: str, name: str, n: int) -> None:
     results.runs(world, [(best, seed) for seed in FRESH_SEEDS], WORLDS[world].budget)
 
 
-class Report(NamedTuple):
-    search: Search
-    runs: list[Run]  # on the fresh seeds, as many as are finished
+def first_rung(results: Results, world: str) -> list[Tried]:
+    """All settings that a search has tried, as far as they are kept."""
+    budget, found = round(WORLDS[world].budget / 8), []
+    for name in METHODS:
+        for setting in tried(name, max(PASSES)):
+            with contextlib.suppress(Missing):
+                run = results.run(world, setting, TUNING_SEEDS[0], budget)
+                found.append(Tried(name, setting, run))
+    return found
 
 
 def reports(results: Results, world: str) -> tuple[dict[str, Report], list[str]]:
@@ -276,128 +273,6 @@ def reports(results: Results, world: str) -> tuple[dict[str, Report], list[str]]
         elif len(found[name].runs) < len(FRESH_SEEDS):
             missing.append(f"the other seeds of {name} in {world}")
     return found, missing
-
-
-def ratio(runs: list[Run], other: list[Run]) -> str:
-    """The other's mean cost to arrive over the first's, by the mean logarithm, and its interval.
-
-    The interval is Welch's t of the logarithms, with the fewest degrees of freedom. If not all of
-    the other's runs arrive, the ratio is a lower bound; if not all of the first's, there is none.
-    """
-    if any(run.arrived is None for run in runs) or not other:
-        return "-"
-    logs = [torch.tensor([math.log(run.restricted()) for run in each]) for each in (runs, other)]
-    middle = (logs[1].mean() - logs[0].mean()).exp().item()
-    if any(run.arrived is None for run in other):
-        return f"> {middle:.1f}"
-    if len(runs) < len(FRESH_SEEDS) or len(other) < len(FRESH_SEEDS):
-        return f"{middle:.1f}"
-    error = sum(each.var() / len(each) for each in logs).sqrt().item()
-    low, high = (middle * math.exp(sign * T_OF_TWO * error) for sign in (-1, 1))
-    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
-
-
-HEADER = ["world", "method", "settings tried", "that work", "seeds that arrive"]
-HEADER += ["cost, thousands of forwards", "CPU seconds", "accuracy at the end"]
-HEADER += ["quality: base, end", "cost over that of DGPO with dials"]
-
-
-def row(world: str, name: str, found: dict[str, Report]) -> list[str]:
-    about, runs = found[name]
-    there = [run for run in runs if run.arrived is not None]
-    costs = [run.restricted() / 1000 for run in runs]
-    seconds = [run.at(run.restricted()).seconds for run in runs]
-    mark = "" if len(there) == len(runs) else "> "
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    searched = name in METHODS
-    compared = found["DGPO with dials"].runs if "DGPO with dials" in found else []
-    return [
-        world,
-        name,
-        str(about.tried) if searched else f"as {VARIANTS[name][0]}",
-        f"{about.work} of {about.tried}" if searched else "-",
-        f"{len(there)} of {len(runs)}",
-        f"{mark}{mean(costs):.0f} ({min(costs):.0f} to {max(costs):.0f})",
-        f"{mark}{mean(seconds):.0f}",
-        f"{mean([run.end.accuracy for run in runs]):.3f}",
-        f"{runs[0].evaluations[0].quality:.4f}, {mean([run.end.quality for run in runs]):.4f}",
-        ratio(compared, runs) if compared and name != "DGPO with dials" else "-",
-    ]
-
-
-STYLES = figures.STYLES | {
-    "DGPO offline": ("#0b3c6f", ":", "v"),
-    "DGPO, SDE rollouts": ("#009e73", "--", "^"),
-    "DGPO, t_min 0": ("#666666", "--", "X"),
-    "DGPO, t_min 0.6": ("#666666", ":", "<"),
-}
-
-
-def plot(path: Path, found: dict[str, dict[str, Report]]) -> None:
-    """The accuracy of each run against its cost, a panel a world; the dot is where it arrived."""
-    figure, axes = figures.panels(list(found), 5)
-    for panel, (world, by_method) in zip(axes, found.items(), strict=True):
-        for name, (_, runs) in by_method.items():
-            color, line, marker = STYLES[name]
-            for i, run in enumerate(runs):
-                rows = [(one.cost, one.accuracy) for one in run.evaluations[1:]]
-                label = None if i else name
-                panel.plot(*zip(*rows, strict=True), line, color=color, label=label, lw=1.5)
-                if run.arrived is not None:
-                    where = run.arrived, run.at(run.arrived).accuracy
-                    panel.plot(*where, marker, color=color, markersize=8)
-        panel.axhline(WORLDS[world].goal, color="black", lw=1, ls=(0, (1, 3)))
-        panel.set_xscale("log")
-        panel.grid(alpha=0.3)
-    x, y = "cost, forwards of one sample", "accuracy, held out"
-    figures.save(figure, path, x, y, max(axes, key=lambda panel: len(panel.lines)))
-
-
-def page(results: Results) -> str:
-    """The table and its words; draws the figure, if there is anything to show."""
-    found, missing, rows, settings = {}, [], [], []
-    for world in dict.fromkeys(world for world, _ in ORDER):
-        by_method, absent = reports(results, world)
-        missing += absent
-        if by_method:
-            found[world] = by_method
-        for name in by_method:
-            rows.append(row(world, name, by_method))
-            best = by_method[name].search.best
-            shown = ", ".join(f"{dial} {value}" for dial, value in best.items())
-            settings.append([world, name, shown or "as in the world's .yaml file"])
-    parts = [INTRODUCTION]
-    if found:
-        plot(results.out / "sd35.png", found)
-        parts += ["![accuracy against cost](sd35.png)", figures.table(HEADER, rows)]
-        parts += ["## What was chosen", figures.table(["world", "method", "setting"], settings)]
-    if missing:
-        parts += ["## Not measured yet", f"`--full` goes on with: {'; '.join(missing)}."]
-    return "\n\n".join(parts) + "\n"
-
-
-INTRODUCTION = f"""# The family on SD3.5's own classes
-
-Written by `python toy/compare_sd35.py --table` from the runs kept beside this file; do not edit.
-
-- **Worlds**: [words](../words.py), read by a real OCR network, and [shapes](../shapes.py), with an
-  exact checker. Accuracy is the reward that is trained on, of the validation prompts, drawn by the
-  saved average from noise that no run trains on. Quality is rewarded in no run.
-- **Methods**: the trainer of train_sd35.py, with another rollout or gradient where the method has
-  one. Cost is in forwards of one sample; a backward counts two. CPU seconds are those of the
-  training, rewards included.
-- **Arrived**: at the goal, {", ".join(f"{w.goal:g} in {name}" for name, w in WORLDS.items())}, for
-  nine of ten evaluations until {FOLLOWED:g} times the cost. A run that does not arrive counts as
-  the whole budget of {" and ".join(f"{w.budget:,}" for w in WORLDS.values())} forwards, and the
-  cost is then a lower bound (>). In brackets: the cheapest and the dearest seed.
-- **Search**: as many settings as the table says, by successive halving on seeds that are not
-  reported. A setting works if the first rung, an eighth of the budget, brings it {WORKS:.0%} of the
-  way to the goal.
-- **Ratio**: of the geometric means, with Welch's 95 % interval over the logarithms of the seeds'
-  costs, and two degrees of freedom, as there are three seeds."""
 
 
 @dataclasses.dataclass
@@ -466,7 +341,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.full:
             full(Results(out), args.worlds)
     finally:
-        text = page(Results(out, compute=False))
+        kept = Results(out, compute=False)
+        about = {world: reports(kept, world) for world in WORLDS}
+        found = {world: by_method for world, (by_method, _) in about.items() if by_method}
+        missing = [what for _, absent in about.values() for what in absent]
+        rungs = {world: first_rung(kept, world) for world in WORLDS}
+        text = page(out, found, rungs, missing)
         cli.replace_file(out / "sd35.md", lambda path: path.write_text(text))
         print(text)
 
