@@ -39,13 +39,21 @@ def clip_tokenizer(texts: list[str], tokens: int, spelt: bool = False) -> CLIPTo
 
     spelt: a character is a token, not a word.
     """
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    if spelt:
+        characters = sorted(set("".join(texts).lower()))
+        pieces = [*special, *characters, *(f"{character}</w>" for character in characters)]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        return CLIPTokenizer(
+            vocab=vocabulary, merges=[], pad_token=special[1], model_max_length=tokens
+        )
     # Merges must be learnt: made by hand, they would split words and truncate prompts alike.
     learnt = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learnt.normalizer = normalizers.Lowercase()
     learnt.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
-        vocab_size=0 if spelt else 400,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        vocab_size=400,
+        special_tokens=special,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
@@ -54,21 +62,16 @@ def clip_tokenizer(texts: list[str], tokens: int, spelt: bool = False) -> CLIPTo
     return CLIPTokenizer(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
-        pad_token="<|endoftext|>",
+        pad_token=special[1],
         model_max_length=tokens,
     )
 
 
-def t5_tokenizer(texts: list[str], tokens: int, spelt: bool = False) -> T5TokenizerFast:
-    """A tokenizer of at most so many tokens, to which a word of the texts is a token.
-
-    spelt: a character is a token, not a word.
-    """
-    words = {f"▁{word}" for text in texts for word in text.split()}
-    if spelt:
-        words = {piece for word in words for piece in (word[:2], *word[2:])}
+def t5_tokenizer(texts: list[str], tokens: int) -> T5TokenizerFast:
+    """A tokenizer of at most so many tokens, to which a word of the texts is a token."""
+    words = sorted({word for text in texts for word in text.split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(word, -1.0) for word in sorted(words)]
+    pieces += [(f"▁{word}", -1.0) for word in words]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=tokens)
 
 
@@ -158,7 +161,7 @@ def clip_encoder(tokenizer: CLIPTokenizer, tokens: int, spread: float) -> nn.Mod
 
 def build(
     clip: CLIPTokenizer,
-    t5: T5TokenizerFast,
+    t5: T5TokenizerFast | None,
     *,
     side: int,
     cell: int,
@@ -171,14 +174,16 @@ def build(
 ) -> StableDiffusion3Pipeline:
     """An untrained pipeline of SD3.5's classes, with three text encoders, VAE and all.
 
+    t5: None leaves the third text encoder out, as SD3.5's pipeline allows: zeros stand for it.
     side: a picture's, in pixels. cell: that of a token of the transformer. tokens: of a prompt, at
     most, for each tokenizer. channels, scale: see `exact_vae`. width, layers: the transformer's.
     spread: see `clip_encoder`. The weights follow from torch's seed.
     """
     encoders = [clip_encoder(clip, tokens, spread) for _ in range(2)]
-    t5_config = T5Config(
-        vocab_size=len(t5), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
-    )
+    t5_encoder = None
+    if t5:
+        sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+        t5_encoder = T5EncoderModel(T5Config(vocab_size=len(t5), **sizes))
     transformer = SD3Transformer2DModel(
         sample_size=side // 2,
         patch_size=cell // 2,
@@ -202,7 +207,7 @@ def build(
         tokenizer=clip,
         text_encoder_2=encoders[1],
         tokenizer_2=clip,
-        text_encoder_3=T5EncoderModel(t5_config),
+        text_encoder_3=t5_encoder,
         tokenizer_3=t5,
     )
     for module in pipe.components.values():
@@ -210,6 +215,11 @@ def build(
             module.eval()  # T5 has dropout
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def t5_tokens(pipe: StableDiffusion3Pipeline) -> int:
+    """How many tokens T5 gives to the transformer: one of zeros if there is no T5."""
+    return pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 else 1
 
 
 @torch.no_grad()
@@ -220,7 +230,7 @@ def encode(pipe: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor, Te
         texts,
         texts,
         do_classifier_free_guidance=False,
-        max_sequence_length=pipe.tokenizer_3.model_max_length,
+        max_sequence_length=t5_tokens(pipe),
     )
     return embeds, pooled
 
@@ -301,7 +311,7 @@ def sample(
             num_inference_steps=steps,
             height=2 * half,
             width=2 * half,
-            max_sequence_length=pipe.tokenizer_3.model_max_length,
+            max_sequence_length=t5_tokens(pipe),
             output_type="pt",
         )
         images.append(output.images)
