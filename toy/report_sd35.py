@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import figures
 import torch
-from family_sd35 import FOLLOWED, WORLDS, Run, Setting
+from family_sd35 import FOLLOWED, GRID, WORLDS, Run, Setting
 
 SEEDS = 3  # that a report has
 WORKS = 0.25  # a setting works if the first rung brings it this share of the way to the goal
@@ -41,7 +41,8 @@ def ratio(runs: list[Run], other: list[Run]) -> str:
         return f"> {middle:.1f}"
     if len(runs) < SEEDS or len(other) < SEEDS:
         return f"{middle:.1f}"
-    error = sum(each.var() / len(each) for each in logs).sqrt().item()
+    rounding = math.log(GRID[1] / GRID[0]) ** 2 / 12  # costs are known up to the next evaluation
+    error = sum((each.var() + rounding) / len(each) for each in logs).sqrt().item()
     low, high = (middle * math.exp(sign * T_OF_TWO * error) for sign in (-1, 1))
     return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
 
@@ -173,4 +174,5 @@ Written by `python toy/compare_sd35.py --table` from the runs kept beside this f
   reported. A setting works if the first rung, an eighth of the budget, brings it {WORKS:.0%} of the
   way to the goal.
 - **Ratio**: of the geometric means, with Welch's 95 % interval over the logarithms of the seeds'
-  costs, and two degrees of freedom, as there are three seeds."""
+  costs, widened by the distance of evaluations, which are {GRID[1] / GRID[0] - 1:.0%} of the cost
+  apart, and two degrees of freedom, as there are three seeds."""
