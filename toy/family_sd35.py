@@ -28,7 +28,7 @@ import records  # noqa: E402
 import rewards  # noqa: E402
 import sd35  # noqa: E402
 import train_sd35  # noqa: E402
-from cli import Fault, option  # noqa: E402
+from cli import Fault, option, read_config  # noqa: E402
 
 GRID = [2 ** (-k / 4) for k in range(24, -1, -1)]  # of the budget: where a run is evaluated
 STAYS, FOLLOWED = 0.9, 1.3  # arrived: there since in this share of evaluations, and for that long
@@ -246,7 +246,7 @@ def arrival(evaluations: list[Evaluation], goal: float) -> int | None:
 
 def config(world: str) -> list[str]:
     """The world's own .yaml file as a command line, its paths from the repository's root."""
-    found = train_sd35.read_config(str(ROOT / "toy" / f"{world}.yaml"))
+    found = read_config(str(ROOT / "toy" / f"{world}.yaml"), train_sd35.Arguments)
     return [str(ROOT / word) if word.startswith("toy/") else word for word in found]
 
 
