@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -27,21 +28,23 @@ import sweeps
 from methods import (
     AT_LEAST,
     BUDGET,
+    BUDGETS,
     FOLLOWED,
     RIGHT,
     WAY,
     Evaluation,
     Run,
     Setting,
+    budget_in,
     pretrained,
     run_setting,
 )
-from search import AROUND, DRAWN, DRAWN_LATER, METHODS, RUNGS, TUNING_SEEDS, Search, search
+from search import AROUND, DRAWN, METHODS, RUNGS, TUNING_SEEDS, Search, search
 from tqdm import tqdm
 
 import cli
 
-VERSION = 3  # of what a run means; results of another version are computed again
+VERSION = 4  # of what a run means; results of another version are computed again
 
 FRESH_SEEDS = tuple(range(10))
 SWEEP_SEEDS = FRESH_SEEDS[:4]
@@ -129,8 +132,9 @@ class Results:
         share: float = 1.0,
         followed: float = FOLLOWED,
     ) -> list[list[Run]]:
-        """The runs of settings of one world, by setting and seed, for a share of BUDGET."""
-        how = (share * BUDGET,) if followed == FOLLOWED else (share * BUDGET, followed)
+        """The runs of settings of one world, by setting and seed, for a share of its budget."""
+        budget = share * budget_in(settings[0].world)
+        how = (budget,) if followed == FOLLOWED else (budget, followed)
         tasks = [(run_setting, seed, setting, *how) for setting in settings for seed in seeds]
         found = [
             Run(**{**kept, "evaluations": [Evaluation(*row) for row in kept["evaluations"]]})
@@ -145,9 +149,9 @@ def changed_fields(setting: Setting) -> dict:
     return {k: v for k, v in dataclasses.asdict(setting).items() if v != defaults[k]}
 
 
-COMPARED = {world: tuple(METHODS) for world in ("ring-2", "blobs", "ring-32", "ring-128")}
+MOST = ("DGPO", "DGPO with dials", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
+COMPARED = {"ring-2": tuple(METHODS), "blobs": tuple(METHODS), "ring-32": MOST, "ring-128": MOST}
 MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")  # what sweeps are around, and the check is of
-FIRST_WORLDS = ("ring-2", "blobs")  # what is chosen there is tried in the others, too
 LARGE, LIKE = "ring-512", "ring-128"  # a world too slow to search in takes another's settings
 
 
@@ -169,8 +173,8 @@ class Comparison:
 
     def search(self, world: str, name: str) -> Search:
         if (world, name) not in self.searches:
-            first = () if world in FIRST_WORLDS else FIRST_WORLDS
-            elsewhere = [self.search(w, name).best for w in first if name in COMPARED[w]]
+            before = itertools.takewhile(lambda earlier: earlier != world, COMPARED)
+            elsewhere = [self.search(earlier, name).best for earlier in before]
             self.searches[world, name] = search(self.results.runs, world, name, elsewhere)
         return self.searches[world, name]
 
@@ -418,17 +422,16 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   {RIGHT:.0%} of its samples right, which an independent judge says. It has arrived at the first
   cost from which on it is there in nine of ten evaluations, and in the last. It is followed to
   {FOLLOWED:g} times that cost, and at least to {AT_LEAST:.0%} of the budget, unless the budget of
-  {BUDGET:,} forwards ends before; then it must have been there for a sixth of the run.
+  {BUDGET:,} forwards ({BUDGETS["ring-128"]:,} in ring-128 and ring-512) ends before; then it must
+  have been there for a sixth of the run.
 - **Cost to arrive** is the restricted mean: the mean over seeds, a run that does not arrive
   counting as the whole budget. In brackets: its 95 % interval, a percentile bootstrap over seeds.
 - **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
-  scripts, the same with cheaper steps, what an earlier version of this comparison chose, {DRAWN}
-  settings drawn at random ({DRAWN_LATER} in ring-32 and ring-128, where what was chosen in ring-2
-  and blobs is tried) and {AROUND} more around the best, halved by the restricted mean
-  cost. The last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer
-  tenth the best lies is widened and searched again, as the table says. Of the searches' runs that
-  are kept here, one in thirty was stopped early, as its reward had fallen as far below the base as
-  the best is above it; a run is no longer stopped for that, as some come back.
+  scripts, the same with cheaper steps, what an earlier version of this comparison chose, what was
+  chosen in the worlds above it in the table, {DRAWN} settings drawn at random and {AROUND} more
+  around the best, halved by the restricted mean cost. The last rung has {RUNGS[-1][0]} seeds and
+  the budget of a report. A range in whose outer tenth the best lies is widened and searched again,
+  as the table says.
 - **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3."""
 
 FAMILY = """What becomes of one sample as v moves away from v_old, by the functions that train.

@@ -4,10 +4,9 @@ A search draws settings at random, and halves: all of them run on one seed for a
 reported, the best of these on two seeds and as long as what is reported, and the best of these on
 more. Beside those drawn there are two for every method: the default of the repository's scripts,
 which goes all the way, and the same with what makes a step cheap. Where an earlier version of this
-comparison chose a setting, it is tried, too, with five rollout steps. Where a method was searched
-for in other worlds before, what was chosen there is tried, and fewer are drawn. Then once more with
-settings around the best, among all that went before; and a third time if the best is at an edge of
-a range.
+comparison chose a setting, it is tried, too, with five rollout steps and with ten, and so is what
+was chosen for the method in other worlds before. Then once more with settings around the best,
+among all that went before; and a third time if the best is at an edge of a range.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import NamedTuple
 from methods import RIGHT, WAY, Run, Setting, way
 
 TUNING_SEEDS = (100, 101, 102, 103, 104, 105)
-DRAWN, DRAWN_LATER = 19, 4  # at random, and where settings from other worlds are tried, too
+DRAWN = 31  # at random
 AROUND = 8
-RUNGS = ((1, 0.2, 5), (2, 1.0, 2), (6, 1.0, 1))  # seeds, share of BUDGET, how many go on
+RUNGS = ((1, 0.2, 6), (2, 1.0, 3), (6, 1.0, 1))  # seeds, share of the budget, how many go on
 ROUNDS, MOST_ROUNDS = 2, 3
 NEAR, REDRAWN = 0.15, 0.25  # of a range, to either side; and the chance of another choice
 
@@ -114,8 +113,8 @@ def earlier(world: str, method: Method) -> list[Setting]:
         return []
     rate, beta, t_min, kl, noise = EARLIER[world, method.name]
     chosen = {"learning_rate": rate, "beta": beta, "t_min": t_min, "kl": kl, "sde_noise": noise}
-    fixed = {**method.fixed, **chosen, "rollout_steps": 5, "prompts": 8, "timesteps": 4}
-    return [Setting(world, method.name, **fixed)]
+    fixed = {**method.fixed, **chosen, "prompts": 8, "timesteps": 4}
+    return [Setting(world, method.name, **fixed, rollout_steps=steps) for steps in (5, 10)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +245,7 @@ def search(runs_of: Runner, world: str, name: str, elsewhere: list[Setting]) -> 
     dials, widened, spent, rungs, finalists = dict(method.dials), [], {}, [], {}
     default = Setting(world, method.name, **method.fixed)
     cheap = {dial: value for dial, value in CHEAP.items() if dial in dials}
-    at_random = drawn(name, world, dials, DRAWN_LATER if elsewhere else DRAWN)
+    at_random = drawn(name, world, dials, DRAWN)
     settings = [default, dataclasses.replace(default, **cheap), *at_random]
     settings += [dataclasses.replace(setting, world=world) for setting in elsewhere]
     settings += earlier(world, method)

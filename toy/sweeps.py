@@ -192,7 +192,7 @@ class Sweep(NamedTuple):
     changes: Callable[[Chosen], Changes]
     worlds: tuple[str, ...]
     text: str
-    share: float = 0.5  # of BUDGET
+    share: float = 0.5  # of the world's budget
     followed: float = FOLLOWED
 
 
