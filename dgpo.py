@@ -1,13 +1,11 @@
 """Direct Group Preference Optimization (DGPO, arXiv:2510.08425): the algorithm and nothing else.
 
-Read it beside the paper: every object of Sections 2 and 3 and of Appendix C stands here, in the
-paper's order, under the lines that derive it.
+The objects of the paper's Sections 2 and 3 and Appendix C, in its order, each under its derivation.
 
-Conventions. Tensors are (P, G, ...) = prompts x group members x data axes. Time t runs over [0, 1],
-where 1 is pure noise: the paper's U[t_min, T] is U[t_min, 1]. The schedule is rectified flow's,
-alpha_t = 1 - t and sigma_t = t, and a network predicts the velocity v* = dx_t/dt = eps - x0, so
-that the paper's f, the prediction of x0, is f = x_t - t v. theta is the model in training, the
-reference the model it started from, and theta_old (the paper's theta^-) draws what it learns from.
+Tensors are (P, G, ...) = prompts x group members x data axes. Time t runs over [0, 1], 1 being pure
+noise. The schedule is rectified flow's, alpha_t = 1 - t and sigma_t = t. A network predicts the
+velocity v* = dx_t/dt = eps - x0, so the paper's f, which predicts x0, is f = x_t - t v. theta is
+the model in training, the reference what it started from, and theta_old (theta^-) draws samples.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Real = float | Tensor
@@ -30,20 +27,20 @@ def _require(condition: bool | Tensor, message: str) -> None:
 
 
 def _require_groups(**tensors: Tensor) -> None:
-    shapes = {tuple(tensor.shape) for tensor in tensors.values()}
-    listed = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    _require(len(shapes) == 1 and len(shapes.pop()) == 2, f"need one shape (P, G), got {listed}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    one, *others = set(shapes.values())
+    _require(len(one) == 2 and not others, f"need one shape (P, G), got {shapes}")
 
 
 # Section 2, Eq. 3 -> 5 -> 6: every policy is the optimum for some reward.
 # RLHF maximises E_p[r] - beta KL(p || p_ref) over p. With Z(c) = sum_x p_ref(x|c) exp(r(c, x)/beta)
 #     E_p[r] - beta KL(p || p_ref) = beta log Z(c) - beta KL(p || p_ref exp(r/beta) / Z(c)).
-# Only the last KL depends on p, and it vanishes at p* = p_ref exp(r/beta) / Z(c) (Eq. 5). Solved
-# for r: r = beta log p*/p_ref + beta log Z(c) (Eq. 6). Read backwards, p_theta is the optimum for
-# its implicit reward r_theta = beta log p_theta/p_ref + beta log Z(c), so a policy can be fitted to
+# The last KL vanishes at p* = p_ref exp(r/beta) / Z(c) (Eq. 5). Solved for r, this is
+# r = beta log p*/p_ref + beta log Z(c) (Eq. 6). Read backwards, p_theta is the optimum for its
+# implicit reward r_theta = beta log p_theta/p_ref + beta log Z(c), so a policy can be fitted to
 # preferences as a reward model is. What stands in the way is Z(c), a sum over all images.
-# Eq. 1, 2, 7: DPO fits r_theta to pairs, by log sigmoid(r_theta(x_w) - r_theta(x_l)). log Z(c)
-# cancels in a difference of two. So DPO needs pairs, and of a pair it sees only which is better.
+# Eq. 1, 2, 7: DPO fits r_theta to pairs, by log sigmoid(r_theta(x_w) - r_theta(x_l)), where
+# log Z(c) cancels. So DPO needs pairs, and of a pair it sees only which is better.
 # Section 3.1, Eq. 8, 9, 11: DGPO compares two sets, by their weighted sums of r_theta. log Z(c)
 # then has the coefficient beta (sum_{G+} w - sum_{G-} w), and cancels for all balanced weights.
 # (A misprint: Eq. 11 has Z(c) in the bracket where Eq. 10 has log Z(c). The coefficient is right.)
@@ -77,7 +74,6 @@ def group_advantages(
     _require(std in ("group", "batch"), f"std must be 'group' or 'batch', got {std!r}")
     for p, g in (~torch.isfinite(rewards)).nonzero().tolist()[:1]:
         raise ValueError(f"rewards must be finite, got {rewards[p, g]} at prompt {p}, sample {g}")
-
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     centred = rewards - rewards.mean(1, keepdim=True)
     centred = centred - centred.mean(1, keepdim=True)  # the rounding of a mean far from zero
@@ -117,12 +113,12 @@ def sample_timesteps(
     such as blur in its fine detail, and detail is what the model learns at low noise.
     """
     _require(0 <= t_min < 1, f"t_min must be in [0, 1), got {t_min}")
-    device = None if generator is None else generator.device
+    device = generator and generator.device
     return t_min + (1 - t_min) * torch.rand(shape, generator=generator, device=device)
 
 
-# Shared noise. Below Eq. 16, the paper shares eps in a group "to reduce the variance". Let C_ij be
-# the covariance of grad L_i and grad L_j under one eps: sum_i A_i grad L_i has the variance
+# Below Eq. 16, the paper shares eps in a group "to reduce the variance". Let C_ij be the covariance
+# of grad L_i and grad L_j under one eps: sum_i A_i grad L_i has the variance
 # sum_ij A_i A_j C_ij, of which an eps each leaves the terms i = j. What all C_ij have in common
 # cancels, as sum_j A_j = 0, so sharing helps a pair. Where samples that are alike (large C_ij) have
 # like advantages it hurts: in the toy at G = 24 two to five times (tests/test_dgpo.py measures it).
@@ -155,8 +151,8 @@ def lambda_t(alpha_t: Real, sigma_t: Real, alpha_s: Real, sigma_s: Real, eta_s: 
 def mean_square(velocity: Tensor, goal: Tensor) -> Tensor:
     """(v - goal)^2, the mean over data axes: (P, G, ...) -> (P, G). ValueError on other shapes.
 
-    With goal = v_ref it is KL(p_ref || p_theta) of one step up to lambda_t t^2 (Eq. 22 with f_ref
-    for x0), the KL penalty that the released trainer adds.
+    With goal = v_ref it is the released trainer's KL penalty: KL(p_ref || p_theta) of one step up
+    to lambda_t t^2 (Eq. 22 with f_ref for x0).
     """
     shapes = f"{tuple(velocity.shape)} against {tuple(goal.shape)}"
     _require(velocity.shape == goal.shape, f"velocity must have its goal's shape, got {shapes}")
@@ -185,8 +181,7 @@ def dsm_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 def preference_gap(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor) -> Tensor:
     """The gap of Eq. 17, R(G+) - R(G-) over beta, (P, G) -> (P,): 0 at the reference.
 
-    It grows as theta tells G+ from G- better; Eq. 17's bracket is its negative. Raises ValueError
-    unless all three have one shape (P, G).
+    It grows as theta tells G+ from G- better. Eq. 17's bracket is -gap. Errors as in `group_gap`.
     """
     _require_groups(loss_theta=loss_theta, loss_ref=loss_ref, advantages=advantages)
     return group_gap(loss_ref - loss_theta, weights(advantages), partition(advantages))
@@ -206,7 +201,7 @@ def dgpo_loss(loss_theta: Tensor, loss_ref: Tensor, advantages: Tensor, beta: Re
     loss_theta, loss_ref: (P, G) from `dsm_loss`. advantages: (P, G). beta > 0 has absorbed lambda_t
     and T: a float, or (P,), one for each group's t. Raises ValueError on other shapes or beta.
     """
-    return -F.logsigmoid(_logit(loss_theta, loss_ref, advantages, beta)).mean()
+    return -nn.functional.logsigmoid(_logit(loss_theta, loss_ref, advantages, beta)).mean()
 
 
 def group_gradient(
@@ -235,18 +230,14 @@ def clip_mask(loss_theta: Tensor, loss_old: Tensor, advantages: Tensor, clip: fl
 
 @torch.no_grad()
 def ema_update(ema_params: Iterable[Tensor], params: Iterable[Tensor], decay: float) -> None:
-    """theta_old <- mu theta_old + (1 - mu) theta in place, mu = decay in [0, 1]. Line 15.
-
-    Raises ValueError on another decay, and when there are not as many of one as of the other.
-    """
+    """Line 15, in place: theta_old <- mu theta_old + (1 - mu) theta, with mu = decay in [0, 1]."""
     _require(0 <= decay <= 1, f"decay must be in [0, 1], got {decay}")
     for averaged, current in zip(ema_params, params, strict=True):
         averaged.lerp_(current, 1 - decay)
 
 
-# Section 3.2, "Efficient Sampling and Learning": no policy gradient, hence no likelihood of a
-# trajectory, hence no noise in it. Samples come from an ODE solver: DPM-Solver++, which the paper
-# cites and the released trainer uses.
+# Section 3.2: no policy gradient, so no likelihood of a trajectory, so no noise in it. Samples come
+# from an ODE solver: DPM-Solver++, which the paper cites and the released trainer uses.
 @torch.no_grad()
 def sample_ode(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at t = 1 to x0 at t = 0, in equal steps of t.
@@ -271,17 +262,14 @@ def sample_ode(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, step
 
 # Eq. 17 for a group that does not fit in memory.
 # The sigmoid couples a group: no sample's gradient is known before the gap, a sum over all of them.
-# But the gradient needs the gap only in the gate, which is a number. So first the gap, by forwards
-# that keep no graph; then sum_i k_i grad L_i with the known k_i of `group_gradient`, which is a
-# plain sum over samples, taken a micro-batch at a time, and the gradient of Eq. 17 exactly.
-#
+# But the gap enters it as a number, the gate. So first the gap, by forwards that keep no graph, and
+# then sum_i k_i grad L_i with the k_i of `group_gradient`: exact, a micro-batch at a time.
 # Published betas (10, 100, 2000) take the gap as a mean over the group and divide the loss by beta.
 # That is Eq. 17 at beta / G, divided by beta, and its gradient is the group's mean of k_i grad L_i:
 # beta shapes the gate alone, and neither beta nor G sets the size of a step.
-#
-# Beyond the paper, the bound: a bad sample's A_i L_i is concave in v, so un-denoising lowers it
-# without end. Adding 2 |A_i| ||v - v_old||^2 gives |A_i| ||v - (2 v_old - v*)||^2 and a constant:
-# its target is mirrored at theta_old. The gradient at theta = theta_old is DGPO's own.
+# Beyond the paper, the bound: a bad sample's A_i L_i is concave in v and falls without end. With
+# 2 |A_i| ||v - v_old||^2 added, it is |A_i| ||v - (2 v_old - v*)||^2 and a constant: its target is
+# mirrored at theta_old. At theta = theta_old the gradient is still DGPO's own.
 def backward_group_loss(
     velocity: Velocity,
     velocity_ref: Velocity,
@@ -301,14 +289,14 @@ def backward_group_loss(
 ) -> dict[str, Tensor]:
     """Add the gradient of share * (dgpo_loss / beta + kl * mean of (v - v_ref)^2) to theta's .grad.
 
-    velocity, velocity_ref, velocity_old: theta, the reference and theta_old, without dropout: equal
-    input must give equal v. x0, eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows.
-    advantages: (P, G). beta: published units, a float or (P,). share: of these groups in the step.
-    velocity_kl: what the KL compares with, by default velocity_ref. clip, bound (2, or 0 for none):
-    against velocity_old. micro_batch: most samples to a forward and backward, by default all; the
-    result is the same, for another forward of theta. A network given twice is asked once; without a
-    preference (A = 0), only the KL's is. Returns, detached: loss (), Eq. 17 at beta / G, and (P,)
-    each: gap, a group's mean, gate, kl, and clipped, a share. Raises ValueError on other input.
+    velocity, velocity_ref, velocity_old: theta, the reference and theta_old, without dropout. x0,
+    eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows. advantages: (P, G). beta:
+    published units, a float or (P,). share: of these groups in the step. velocity_kl: what the KL
+    compares with, by default velocity_ref. clip, bound (2, or 0 for none): against velocity_old.
+    micro_batch: most samples to a forward and backward, by default all; the result is the same, for
+    another forward of theta. A network given twice is asked once; without a preference (A = 0),
+    only the KL's is. Returns, detached: loss (), Eq. 17 at beta / G, and (P,) each: gap, a group's
+    mean, gate, kl, and clipped, a share. Raises ValueError on other input.
     """
     P, G = advantages.shape
     _require(min(kl, bound) >= 0, f"kl and bound must be at least 0, got {kl} and {bound}")
@@ -318,11 +306,10 @@ def backward_group_loss(
     x_t = diffuse(x0, eps, t).flatten(0, 1)  # (P * G, ...), one sample after another
     x0, eps = x0.flatten(0, 1)[None], eps.expand_as(x0).flatten(0, 1)[None]
     t, prompt = t.expand(P, G).flatten(), torch.arange(P, device=x0.device).repeat_interleave(G)
-    size = P * G if micro_batch is None else micro_batch
-    parts = [slice(i, i + size) for i in range(0, P * G, size)]
+    parts = torch.arange(P * G, device=x0.device).split(micro_batch or P * G)
     whole = len(parts) == 1  # then the graph of theta's first forward serves the backward
 
-    def ask(network: Velocity, *parts: slice) -> Tensor:  # (1, samples, ...)
+    def ask(network: Velocity, *parts: Tensor) -> Tensor:  # (1, samples, ...)
         return torch.cat([network(x_t[part], t[part], prompt[part]) for part in parts])[None]
 
     preferred = bool(advantages.any())
@@ -381,7 +368,6 @@ def train(
     iterations: int,
     prompts: int,
     group_size: int,
-    beta: float,
     learning_rate: float,
     t_min: float,
     rollout_steps: int,
@@ -396,7 +382,7 @@ def train(
 
     model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
     reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: all randomness is its.
-    beta and options, kl, clip, bound: see `backward_group_loss`. ema: theta_old's decay; by default
+    options: beta, kl, clip, bound, see `backward_group_loss`. ema: theta_old's decay; by default
     theta_old = theta. offline: draw all samples from the reference (Section 4.3). Beyond the paper:
     train_samples, the m of `extremes`; updates, the optimiser steps that a rollout serves.
     """
@@ -419,16 +405,14 @@ def train(
             chosen = torch.arange(P)[:, None], extremes(rewards, train_samples)
             x0, rewards = x0[chosen], rewards[chosen]
         advantages = group_advantages(rewards)  # line 7
-        networks = [conditioned(each, c.repeat(K)) for each in (model, reference, theta_old)]
+        theta, ref, old = (conditioned(v, c.repeat(K)) for v in (model, reference, theta_old))
         for _ in range(updates):
             # Lines 8 to 13 for K timesteps at once: K * P groups, with one t and one eps for each.
             t = sample_timesteps((K * P, 1), t_min, generator)
             eps = torch.randn(K * P, 1, *data_shape, generator=generator, device=generator.device)
-            groups = torch.cat([x0] * K), eps, t, advantages.repeat(K, 1), beta
+            groups = torch.cat([x0] * K), eps, t, advantages.repeat(K, 1)
             optimizer.zero_grad()
-            found |= backward_group_loss(
-                *networks[:2], *groups, velocity_old=networks[2], **options
-            )
+            found |= backward_group_loss(theta, ref, *groups, velocity_old=old, **options)
             found["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()  # line 14
         if ema is not None:

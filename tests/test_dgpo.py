@@ -766,10 +766,10 @@ BAD_INPUT = {
     "velocity_ref": (lambda: dgpo.mean_square(X0, X0[:1]), "velocity must have its goal's shape"),
     "loss_ref": (
         lambda: dgpo.dgpo_loss(L, L[:1], L, 1.0),
-        r"need one shape \(P, G\), got loss_theta \(2, 3\), loss_ref \(1, 3\)",
+        r"need one shape \(P, G\), got {'loss_theta': \(2, 3\), 'loss_ref': \(1, 3\)",
     ),
-    "loss_old": (lambda: dgpo.clip_mask(L, L[:, :2], L, 0.1), r"loss_old \(2, 2\)"),
-    "weights": (lambda: dgpo.group_gap(L, L[0], L > 0), r"w \(3,\)"),
+    "loss_old": (lambda: dgpo.clip_mask(L, L[:, :2], L, 0.1), r"'loss_old': \(2, 2\)"),
+    "weights": (lambda: dgpo.group_gap(L, L[0], L > 0), r"'w': \(3,\)"),
     "beta = 0": (lambda: dgpo.dgpo_loss(L, L, L, 0.0), "beta must be positive.*got 0.0"),
     "beta < 0": (lambda: dgpo.dgpo_loss(L, L, L, -2.0), "beta must be positive.*got -2.0"),
     "beta nan": (lambda: dgpo.dgpo_loss(L, L, L, math.nan), "beta must be positive.*got nan"),
