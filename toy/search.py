@@ -1,6 +1,6 @@
 """How a method's setting is found: what is drawn, how it is halved, and what an edge does.
 
-A search draws settings at random, and halves: all of them run on one seed for a fifth of what is
+A search draws settings at random, and halves: all of them run on one seed for two fifths of what is
 reported, the best of these on three seeds and as long as what is reported, and the best of these on
 eight. Beside those drawn there are two for every method: the default of the repository's scripts,
 which goes all the way, and the same with what makes a step cheap. Where an earlier version of this
@@ -21,8 +21,8 @@ from methods import RIGHT, WAY, Run, Setting, way
 
 TUNING_SEEDS = tuple(range(100, 108))
 DRAWN = 31  # at random
-AROUND = 8
-RUNGS = ((1, 0.2, 8), (3, 1.0, 3), (8, 1.0, 1))  # seeds, share of the budget, how many go on
+AROUND = 12
+RUNGS = ((1, 0.4, 8), (3, 1.0, 3), (8, 1.0, 1))  # seeds, share of the budget, how many go on
 ROUNDS, MOST_ROUNDS = 2, 3
 NEAR, REDRAWN = 0.15, 0.25  # of a range, to either side; and the chance of another choice
 
