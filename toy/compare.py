@@ -39,7 +39,7 @@ from methods import (
     pretrained,
     run_setting,
 )
-from search import AROUND, DRAWN, METHODS, RUNGS, TUNING_SEEDS, Search, search
+from search import AROUND, DRAWN, METHODS, PENALTY, ROUNDS, RUNGS, TUNING_SEEDS, Search, search
 from tqdm import tqdm
 
 import cli
@@ -429,8 +429,8 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
 - **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
   scripts, the same with cheaper steps, what an earlier version of this comparison chose, what was
   chosen in the worlds above it in the table, {DRAWN} settings drawn at random and {AROUND} more
-  around the best, halved by the restricted mean cost. The last rung has {RUNGS[-1][0]} seeds and
-  the budget of a report. A range in whose outer tenth the best lies is widened and searched again,
+  around the best in each of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as
+  {PENALTY} budgets. The last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the best lies is widened and searched again,
   as the table says.
 - **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3."""
 
