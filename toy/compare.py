@@ -262,7 +262,7 @@ class Comparison:
 
     def changes_of(self, name: str, world: str) -> dict[str, list[Run]]:
         changes, _, _, share, followed = sweeps.SWEEPS[name]
-        return self.changed(name, changes(sweeps.BASES[world]), SWEEP_SEEDS, share, followed)
+        return self.changed(name, changes(self.chosen(world)), SWEEP_SEEDS, share, followed)
 
     def sweep(self, name: str) -> list[Section]:
         _, worlds, text, _, _ = sweeps.SWEEPS[name]
@@ -428,10 +428,10 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   counting as the whole budget. In brackets: its 95 % interval, a percentile bootstrap over seeds.
 - **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
   scripts, the same with cheaper steps, what an earlier version of this comparison chose, what was
-  chosen in the worlds above it in the table, {DRAWN} settings drawn at random and {AROUND} more
-  around the best in each of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as
-  {PENALTY} budgets. The last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the best lies is widened and searched again,
-  as the table says.
+  chosen in the worlds before, {DRAWN} settings drawn at random and {AROUND} around the best in each
+  of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as {PENALTY} budgets. The
+  last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the
+  best lies is widened and searched again, as the table says.
 - **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3."""
 
 FAMILY = """What becomes of one sample as v moves away from v_old, by the functions that train.
