@@ -3,9 +3,8 @@
 A search draws settings at random, and halves: all of them run on one seed for two fifths of what is
 reported, the best of these on three seeds and as long as what is reported, and the best of these on
 twelve. Beside those drawn there are two for every method: the default of the repository's scripts,
-which goes all the way, and the same with what makes a step cheap. Where an earlier version of this
-comparison chose a setting, it is tried, too, with five rollout steps and with ten, and so is what
-was chosen for the method in other worlds before. Then twice more with settings around the best,
+which goes all the way, and the same with what makes a step cheap. What earlier versions of this
+comparison chose is tried, too, and what was chosen for the method in other worlds. Then twice more with settings around the best,
 among all that went before; and once again if the best is at an edge of a range.
 
 Best is the least mean cost to arrive over seeds, a failure counting as two budgets: PAR2, as it is
@@ -16,9 +15,11 @@ eight was chosen before a slower one that never did, and failed on five fresh se
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from methods import RIGHT, WAY, Run, Setting, way
@@ -96,30 +97,14 @@ CHEAP = {  # few samples, cheaply drawn, each put to more use
 }
 
 
-# What an earlier version chose, whose search was a grid: learning rate, beta, t_min, KL, SDE noise.
-EARLIER = {
-    ("ring-2", "DGPO"): (3e-3, 1.0, 0.3, 0.01, 0.0),
-    ("ring-2", "Flow-GRPO"): (1e-2, 1.0, 0.2, 0.1, 0.7),
-    ("ring-2", "Diffusion-DPO"): (3e-3, 1.0, 0.1, 0.01, 0.0),
-    ("ring-32", "DGPO"): (1e-3, 10.0, 0.1, 0.01, 0.0),
-    ("ring-32", "Flow-GRPO"): (3e-3, 1.0, 0.2, 0.1, 0.7),
-    ("ring-32", "Diffusion-DPO"): (1e-3, 10.0, 0.1, 0.1, 0.0),
-    ("ring-128", "DGPO"): (5e-4, 10.0, 0.3, 0.1, 0.0),
-    ("ring-128", "Flow-GRPO"): (3e-3, 1.0, 0.2, 0.01, 0.4),
-    ("ring-128", "Diffusion-DPO"): (1e-3, 10.0, 0.1, 0.1, 0.0),
-    ("blobs", "DGPO"): (3e-3, 10.0, 0.3, 0.1, 0.0),
-    ("blobs", "Flow-GRPO"): (3e-3, 1.0, 0.2, 0.1, 0.7),
-    ("blobs", "Diffusion-DPO"): (3e-3, 10.0, 0.3, 0.1, 0.0),
-}
+# What earlier versions of this comparison chose, so that nothing that was found is lost: by world
+# and method, what is not at its default.
+EARLIER = json.loads((Path(__file__).parent / "earlier.json").read_text())
 
 
-def earlier(world: str, method: Method) -> list[Setting]:
-    if (world, method.name) not in EARLIER:
-        return []
-    rate, beta, t_min, kl, noise = EARLIER[world, method.name]
-    chosen = {"learning_rate": rate, "beta": beta, "t_min": t_min, "kl": kl, "sde_noise": noise}
-    fixed = {**method.fixed, **chosen, "prompts": 8, "timesteps": 4}
-    return [Setting(world, method.name, **fixed, rollout_steps=steps) for steps in (5, 10)]
+def earlier(world: str, name: str) -> list[Setting]:
+    chosen = EARLIER.get(world, {}).get(name, [])
+    return [Setting(world, METHODS[name].name, **changed) for changed in chosen]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +239,7 @@ def search(runs_of: Runner, world: str, name: str, elsewhere: list[Setting]) -> 
     at_random = drawn(name, world, dials, DRAWN)
     settings = [default, dataclasses.replace(default, **cheap), *at_random]
     settings += [dataclasses.replace(setting, world=world) for setting in elsewhere]
-    settings += earlier(world, method)
+    settings += earlier(world, name)
     for round_ in range(1, MOST_ROUNDS + 1):
         rungs.append(halve(runs_of, name, settings))
         for rung, (_, share, _) in zip(rungs[-1], RUNGS, strict=True):
