@@ -12,6 +12,8 @@ geometry are random: for a GPU, and without any download. On a CPU, give --model
 Like a test, this file imports the trainer: what is timed is its own step, and not a copy of it.
 """
 
+# ruff: noqa: E402 (a wrong command is answered before the libraries are loaded)
+
 from __future__ import annotations
 
 import os
@@ -25,6 +27,22 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import cli
+
+
+def read_command() -> str:
+    """The command. Raises Fault if there is none, and SystemExit after the help."""
+    command = (*sys.argv, "--help")[1]
+    if command in ("-h", "--help"):
+        sys.exit(print(__doc__))
+    if command not in ("plan", "step", "plain", "changes"):
+        raise cli.Fault(f"the command must be plan, step, plain, changes, got {command!r}")
+    return command
+
+
+if __name__ == "__main__":
+    cli.run("bench.py", read_command)
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
 
 import torch
@@ -35,7 +53,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 import rewards
 import sd35
 import train_sd35
@@ -59,9 +76,11 @@ PICKSCORE |= {"num_attention_heads": 16, "patch_size": 14}  # of its images: a C
 
 @dataclass
 class Arguments(train_sd35.Arguments):
-    """Count or measure what a step of the trainer takes, with the trainer's own arguments."""
+    """Count or measure a step of the trainer, with its own arguments, as SD3.5 Medium allows."""
 
-    repeats: int = cli.option(5, "Each piece of work is timed this many times.", at_least=1)
+    repeats: int = cli.option(5, "How often work is timed.", at_least=1, at_most=1_000_000)
+    resolution: int = cli.option(512, "Side of images in pixels.", at_least=16, at_most=6144)
+    rank: int = cli.option(64, "Rank of the LoRA.", at_least=1, at_most=1536)
 
 
 def random_pickscore() -> rewards.Reward:
@@ -89,7 +108,7 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
     Shapes alone run through the networks, and nothing is allocated. Autograd tells what it keeps
     for the backward pass: whole, or checkpointed. backward includes the forward pass before it.
     """
-    dtype, side = torch.bfloat16, args.resolution // 8
+    dtype, side, size = torch.bfloat16, args.resolution // 8, SimpleNamespace()
 
     def count(network: nn.Module) -> float:
         return sum(parameter.numel() for parameter in network.parameters()) / 1e9
@@ -111,7 +130,6 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
         weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
         return sum(size for key, size in storages.items() if key not in weights) / 1e9
 
-    size = SimpleNamespace()
     with torch.device("meta"), patch.object(F, "scaled_dot_product_attention", as_on_a_gpu):
         transformer = SD3Transformer2DModel(**MEDIUM).to(dtype).requires_grad_(False)
         vae, reward = AutoencoderKL(**VAE), random_pickscore()
@@ -143,10 +161,9 @@ def plan_memory(args: Arguments, size: SimpleNamespace) -> None:
     always = 2 * size.transformer + 24 * size.lora + 4 * size.vae
     # Adam, theta_old and the saved average stay while the others make room for a text encoder.
     encoding = 2 * size.t5 + 16 * size.lora
-    lora = f"LoRA, {1000 * size.lora:.1f} M in float32"
     for name, gigabytes in {
         f"transformer, {size.transformer:.2f} G parameters in bf16": 2 * size.transformer,
-        f"{lora}, its gradient, Adam, theta_old and saved average": 24 * size.lora,
+        f"LoRA, {1000 * size.lora:.1f} M in float32, its gradient, Adam, averages": 24 * size.lora,
         "VAE in float32": 4 * size.vae,
         "T5 in bf16, the largest text encoder, without activations": 2 * size.t5,
         "together, while prompts are encoded, without transformer and VAE": encoding,
@@ -174,9 +191,7 @@ def step_tflop(args: Arguments, size: SimpleNamespace) -> dict[str, float]:
     G, m = args.group_size, args.train_samples or args.group_size
     scales = (args.guidance_scale, args.reference_guidance_scale)
     guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
-    asked = bool(args.clip or args.bound) + (
-        args.micro_batch_size < m
-    )  # theta_old; theta for the gap
+    asked = bool(args.clip or args.bound) + (args.micro_batch_size < m)  # theta_old, and the gap
     train = guided_reference * size.reference + asked * size.theta + size.backward
     each = {
         "rollout": args.num_inference_steps * guided * size.theta,
@@ -312,10 +327,9 @@ def bare_passes(trainer: Trainer, text: str) -> dict[str, Callable[[], object]]:
 def step(args: Arguments) -> None:
     """Times steps against their bare network passes, in one run.
 
-    MFU is the share of the peak of matrix products that our step reaches. The peak is measured on
-    this machine, in the transformer's precision; VAE and reward, which stay in float32, reach less.
-    Activations that are computed again count as work. The reward is random: with random weights it
-    costs what PickScore's network of images does, with given ones nothing.
+    MFU is our step's share of the peak of matrix products, measured on this machine in the
+    transformer's precision; VAE and reward, in float32, reach less. Activations that are computed
+    again count. The reward is random; with random weights it costs what PickScore's images do.
     """
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
     trainer, chosen = load(args, texts), [{"prompt": text} for text in texts[1:]]
@@ -419,12 +433,7 @@ def compiled(trainer: Trainer, backend: str = "inductor") -> Iterator[None]:
         yield
 
 
-def attention(kernel: str, trainer: Trainer) -> AbstractContextManager:
-    return sdpa_kernel(getattr(SDPBackend, kernel))
-
-
 def twice_the_images(trainer: Trainer) -> AbstractContextManager:
-    """Also what the reference and theta_old in one batch would be."""
     return patch.object(trainer.model, "images_a_pass", 2 * trainer.model.images_a_pass)
 
 
@@ -439,11 +448,12 @@ def channels_last(trainer: Trainer) -> Iterator[None]:
 
 
 BOTH = ("rollout", "train")
-KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+KERNELS = [getattr(SDPBackend, f"{name}_ATTENTION") for name in ("FLASH", "CUDNN", "EFFICIENT")]
+KERNELS.append(SDPBackend.MATH)
 CHANGES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # with the phases that each may help
     "torch.compile of the blocks": (compiled, BOTH),
-    **{f"attention: {kernel.lower()}": (partial(attention, kernel), BOTH) for kernel in KERNELS},
-    "twice the images in a pass": (twice_the_images, BOTH),
+    **{f"attention: {k.name.lower()}": (lambda _, k=k: sdpa_kernel(k), BOTH) for k in KERNELS},
+    "twice the images in a pass": (twice_the_images, BOTH),  # as two models in one batch
     "VAE channels-last": (channels_last, ("decode",)),
 }
 
@@ -461,7 +471,7 @@ def changes(args: Arguments) -> None:
     unchanged = {name: [x.float() for x in work()] for name, work in phases.items()}
     print(f"a group of {args.group_size}, {model.images_a_pass} images a pass")
     print("| change | phase | times as fast | the result moves by | seconds at first |")
-    print("|---|---|---|---|---|")
+    print("|---" * 5 + "|")
     for title, (change, helped) in CHANGES.items():
         for name in helped:
             work = phases[name]
@@ -481,17 +491,9 @@ def changes(args: Arguments) -> None:
             print(f"| {title} | {name} | {ratio(took)} | {off:.1e} | {first:.1f} |", flush=True)
 
 
-COMMANDS = {"plan": plan, "step": step, "plain": plain, "changes": changes}
-
-
 def main() -> None:
-    command, *argv = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print(__doc__)
-    elif command in COMMANDS:
-        COMMANDS[command](train_sd35.parse_args(argv, Arguments))
-    else:
-        raise cli.Fault(f"the command must be {', '.join(COMMANDS)}, got {command!r}")
+    work = {"plan": plan, "step": step, "plain": plain, "changes": changes}[read_command()]
+    work(train_sd35.parse_args(sys.argv[2:], Arguments))
 
 
 if __name__ == "__main__":

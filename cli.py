@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -12,12 +13,15 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
+FIGURES = (".png", ".jpg", ".pdf", ".svg", ".webp")  # endings that matplotlib knows
+LONGEST = 600  # characters of a line
 
 
 class Fault(Exception):
@@ -50,7 +54,7 @@ def check(args: Any) -> None:
         if isinstance(value, int | float):
             fits = all(LIMITS[name](value, about[name]) for name in LIMITS if name in about)
             needed = "a finite number" if fits else about["limits"]
-            if not fits or not math.isfinite(value):
+            if not fits or isinstance(value, float) and not math.isfinite(value):
                 raise Fault(f"argument --{field.name}: must be {needed}, got {value}")
 
 
@@ -65,13 +69,14 @@ def parse(arguments: type, argv: list[str]) -> Any:
 
     parser = argparse.ArgumentParser(description=arguments.__doc__, allow_abbrev=False)
     parser.error = error
+    hints = get_type_hints(arguments)
     for field in dataclasses.fields(arguments):
-        about, hint = field.metadata, get_type_hints(arguments)[field.name]
+        about, hint = field.metadata, hints[field.name]
         kind = next(iter(get_args(hint)), hint)  # str of str, of str | None, of list[str]
         many = get_origin(hint) is list
         default = field.default_factory() if many else field.default
-        shown = about.get("shown", " ".join(default) if many else default)
-        notes = [about["limits"], "" if shown in (None, "") else f"default: {shown}"]
+        seen = about.get("shown", " ".join(default) if many else default)
+        notes = [about["limits"], "" if seen in (None, "") else f"default: {seen}"]
         extra: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if kind is not bool:
             metavar = None if "choices" in about else kind.__name__.upper()
@@ -87,21 +92,29 @@ def parse(arguments: type, argv: list[str]) -> Any:
 
 
 def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
-    """Words "name=path" as a dictionary. Raises Fault if one has no "="."""
+    """Words "name=path" as a dictionary. Raises Fault if one is no such pair, or comes twice."""
+    found: dict[str, str] = {}
     for word in words:
-        if "=" not in word:
-            raise Fault(f"argument --{flag}: must be name=path, got {word}")
-    return dict(word.split("=", 1) for word in words)
+        name, _, path = word.partition("=")
+        if not name or not path or name in found:
+            again = ", once for each name" if name in found else ""
+            raise Fault(f"argument --{flag}: must be name=path{again}, got {word}")
+        found[name] = path
+    return found
 
 
 def first_line(error: BaseException) -> str:
     """What somebody else's error says first, or its type if it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """What an object in a file holds; nothing if there is no file. Raises Fault."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise Fault(f"cannot read {path} ({first_line(error)}); mend or delete it") from None
@@ -110,16 +123,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def make_folder(name: str, flag: str = "output_dir") -> Path:
-    """A folder that can be written to, made if need be. Raises Fault."""
+def make_folder(name: str, flag: str = "output_dir", file: str = "") -> Path:
+    """A folder that can be written to, and a file in it; made if need be. Raises Fault."""
     if not name:
         raise Fault(f"argument --{flag}: must name a folder, got an empty string")
     try:
         Path(name).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=name).close()
+        tempfile.NamedTemporaryFile(dir=name, suffix=file).close()
     except (OSError, ValueError) as error:
         raise Fault(f"argument --{flag}: cannot write to {name!r} ({first_line(error)})") from None
     return Path(name)
+
+
+def make_place(name: str, flag: str, endings: tuple[str, ...]) -> Path:
+    """Where a file can be written, in a folder made if need be. Raises Fault."""
+    path = Path(name)
+    if path.suffix not in endings:
+        raise Fault(f"argument --{flag}: must end in {' or '.join(endings)}, got {name!r}")
+    make_folder(str(path.parent), flag, path.name)
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise Fault(f"argument --{flag}: {name} is there, and is no file")
+    return path
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -136,10 +160,20 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def signal_check() -> Callable[[], None]:
-    """Remembers SIGINT and SIGTERM. Returns what raises Stopped once one has come."""
-    received = []
+    """Remembers SIGINT and SIGTERM. Returns what raises Stopped once one has come.
+
+    A second one ends the process at once, but for one within a second: launchers repeat the first.
+    """
+    received: list[float] = []
+
+    def receive(*_: Any) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] > 1:
+            os.write(2, b"stopped at once; what was saved before is kept\n")
+            os._exit(130)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *about: received.append(about))
+        signal.signal(number, receive)
 
     def check() -> None:
         if received:
@@ -148,12 +182,54 @@ def signal_check() -> Callable[[], None]:
     return check
 
 
+def verdict(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the line for what ends a script. None for a bug of ours."""
+    line = first_line(error)
+    if isinstance(error, Fault):
+        return 2, line
+    if isinstance(error, Stopped | KeyboardInterrupt):
+        return 130, line if str(error) else "stopped"
+    if isinstance(error, BrokenPipeError):
+        return 141, ""  # nobody reads what is printed; shells have this code for it
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 2, f"cannot write ({line}); make room"
+    if isinstance(error, MemoryError | RuntimeError) and re.search("of memory|ate memory", line):
+        return 2, f"out of memory ({line}); ask for less"  # torch's words for a GPU and a CPU
+    if isinstance(error, ImportError):  # a package is missing, too old, or broken
+        return 2, f"{line}; pip install -r requirements.txt"
+    return None
+
+
 def run(script: str, main: Callable[[], None]) -> None:
-    """Calls main. A Fault is one line and exit code 2; Stopped and Ctrl-C are one line and 130."""
+    """Calls main. What `verdict` knows is one line and an exit code; a bug is a traceback and 1.
+
+    This holds on while the rest of a script is imported, where it calls this first, with a main
+    that checks its arguments.
+    """
+
+    def end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (found := verdict(error)):
+            return sys.__excepthook__(kind, error, trace)
+        try:
+            sys.stderr.write(f"{script}: {found[1]}\n" if found[1] else "")
+        except OSError as full:
+            error = full
+        if isinstance(error, OSError):  # what could not be printed is not tried again
+            for number in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        sys.exit(found[0])
+
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal says that it can show
         stream.reconfigure(encoding="utf-8", errors="replace")
+    sys.excepthook = end
     try:
         main()
-    except (Fault, Stopped, KeyboardInterrupt) as end:
-        sys.stderr.write(f"{script}: {first_line(end) if str(end) else 'stopped'}\n")
-        sys.exit(2 if isinstance(end, Fault) else 130)
+        sys.stdout.flush()
+    except SystemExit:
+        sys.stdout.flush()  # --help
+        raise
+    except BaseException as error:
+        if not verdict(error):
+            raise
+        end(type(error), error, None)

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def run_file(lora: str) -> Path:
 def parse_args(argv: list[str]) -> Arguments:
     """The arguments, checked as far as can be without loading a model. Raises Fault."""
     args = parse(Arguments, argv)
-    if not (Path(args.lora) / LORA_FILE).is_file():
+    if not os.path.isfile(Path(args.lora) / LORA_FILE):
         raise Fault(f"argument --lora: must be a folder with {LORA_FILE}, got {args.lora!r}")
     trained = read_json(run_file(args.lora))
     line = [f"--{name}={trained[name]}" for name in OF_THE_RUN if name in trained]

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import Fault, first_line, make_folder, option, parse, replace_file, run
+from cli import Fault, first_line, make_place, option, parse, replace_file, run
 
 # The lists of the paper, as its authors' repository has them at one commit, each with the id that
 # git gives its content. They are Flow-GRPO's, and DrawBench's 200 prompts, each five times.
@@ -45,6 +45,8 @@ def read(path: Path) -> list[dict]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path} must be a .txt or .jsonl file")
     try:
+        if path.exists() and not path.is_file():  # a FIFO would be waited for
+            raise ValueError("it is no file")
         lines = path.read_bytes().decode("utf-8-sig").split("\n")  # U+2028 ends no line of a file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
@@ -244,26 +246,25 @@ def text_prompts(n: int, split: str = "train", seed: int = 0) -> list[str]:
 class Arguments:
     """Write a file of new prompts: python prompts.py geneval ... or python prompts.py text ..."""
 
-    kind: str = option(
-        "geneval", "geneval, or text to render; may be named first", choices=("geneval", "text")
-    )
+    kind: str = option("geneval", "may be named first", choices=("geneval", "text"))
     n: int = option(1000, "number of prompts", at_least=1, at_most=1_000_000)
     seed: int = option(0, "another seed gives other prompts", at_least=0)
     split: str = option("train", "which phrases text quotes", choices=("train", "test"))
     out: str = option("", "new file to write, .jsonl for geneval and .txt for text")
 
 
-def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv.insert(0, "--kind")
-    args = parse(Arguments, argv)
-    suffix = ".jsonl" if args.kind == "geneval" else ".txt"
-    if Path(args.out).suffix != suffix:
-        raise Fault(f"argument --out: must end in {suffix} for {args.kind}, got {args.out!r}")
+def parse_args(argv: list[str]) -> Arguments:
+    """Raises Fault, before anything heavy is imported."""
+    named = bool(argv) and not argv[0].startswith("-")
+    args = parse(Arguments, ["--kind", *argv] if named else argv)
     if os.path.lexists(args.out):
         raise Fault(f"argument --out: {args.out} is there already; give another name or delete it")
-    folder = make_folder(str(Path(args.out).parent), "out")
+    make_place(args.out, "out", (".jsonl" if args.kind == "geneval" else ".txt",))
+    return args
+
+
+def main() -> None:
+    args = parse_args(sys.argv[1:])
     try:
         if args.kind == "geneval":
             lines = [json.dumps(prompt) for prompt in geneval_prompts(args.n, args.seed)]
@@ -271,8 +272,7 @@ def main() -> None:
             lines = text_prompts(args.n, args.split, args.seed)
     except ValueError as error:
         raise Fault(f"argument --n: {error}") from None
-    text = "".join(f"{line}\n" for line in lines)
-    replace_file(folder / Path(args.out).name, lambda new: new.write_bytes(text.encode()))
+    replace_file(Path(args.out), lambda new: new.write_bytes("\n".join([*lines, ""]).encode()))
     sys.stderr.write(f"wrote {args.n} prompts to {args.out}\n")
 
 

@@ -88,6 +88,24 @@ def parse(spec: str) -> tuple[str, float]:
     return name, weight
 
 
+def parse_all(specs: list[str]) -> dict[str, float]:
+    """The weights of several specs, by name. Raises RewardError as `parse`, and at one given twice.
+
+    A file is the same file however its path is written.
+    """
+    found: dict[str, float] = {}
+    places: set[tuple[str, str]] = set()
+    for spec in specs:
+        name, weight = parse(spec)
+        place, _, function = name.rpartition(":")
+        same = str(Path(place).resolve()) if place.endswith(".py") else place, function
+        if same in places:
+            raise RewardError(f"{name} is there twice; give it once ({name}=2 weighs it double)")
+        places.add(same)
+        found[name] = weight
+    return found
+
+
 def look_for(place: str, function: str) -> None:
     """Raises if a file of one's own, or a package, cannot have the function. Runs neither."""
     if not function.isidentifier():
@@ -213,13 +231,19 @@ def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Ten
     """
     about = f"of prompt {prompts[0]['prompt'][:LONGEST]!r}"
     place = name.rpartition(":")[0]
-    with fence(f"reward {name} failed on images {about}", place), torch.no_grad():
-        result = reward(images.clone(), [copy.deepcopy(prompt) for prompt in prompts])
+    try:
+        with fence(f"reward {name} failed on images {about}", place), torch.no_grad():
+            result = reward(images.clone(), [copy.deepcopy(prompt) for prompt in prompts])
+    except RewardError as error:
+        if re.search(r"(Attribute|Type)Error: .*\bdict\b", str(error)):
+            hint = "a prompt is a dict, and prompt['prompt'] its text"
+            raise RewardError(f"{error}; {hint}") from error.__cause__
+        raise
     try:
         scores = torch.as_tensor(result)
         kind = str(tuple(scores.shape))
         if scores.shape == (len(images),) and not scores.is_complex():
-            return scores.detach().to("cpu", torch.float32, copy=True)
+            return scores.detach().to_dense().to("cpu", torch.float32, copy=True)
         kind = f"complex {kind}" if scores.is_complex() else kind
     except Exception:
         kind = f"a {type(result).__name__} that holds no numbers"
@@ -264,7 +288,7 @@ def said(error: BaseException) -> str:
     kind = type(error).__name__
     try:
         text = str(error)
-    except Exception:  # its own __str__ fails
+    except BaseException:  # its own __str__ fails, or leaves
         return kind
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])  # "Error(s) in ...:"

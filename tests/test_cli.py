@@ -1,12 +1,20 @@
 """What all scripts share of the command line."""
 
 import dataclasses
+import functools
+import importlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import compare
+import flow2d
 import pytest
+import shapes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import cli
 from cli import Fault, option
@@ -69,8 +77,11 @@ def test_the_help_shows_limits_and_every_default(capsys):
 
 def test_pairs():
     assert cli.pairs(["a=b", "c=d=e"]) == {"a": "b", "c": "d=e"}
-    with pytest.raises(Fault, match="argument --flag: must be name=path, got a"):
-        cli.pairs(["a"], "flag")
+    for word in ("a", "a=", "=b"):
+        with pytest.raises(Fault, match=f"argument --flag: must be name=path, got {word}$"):
+            cli.pairs([word], "flag")
+    with pytest.raises(Fault, match="must be name=path, once for each name, got a=c"):
+        cli.pairs(["a=b", "a=c"])
 
 
 def test_what_a_file_of_json_holds(tmp_path):
@@ -78,8 +89,8 @@ def test_what_a_file_of_json_holds(tmp_path):
     assert cli.read_json(path) == {}
     path.write_text('{"a": [1]}')
     assert cli.read_json(path) == {"a": [1]}
-    for rubbish in ("", "[3]", "[" * 100_000):
-        path.write_text(rubbish)
+    for rubbish in ("", "[3]", "[" * 100_000, None):
+        path.write_text(rubbish) if rubbish is not None else (path.unlink(), os.mkfifo(path))
         with pytest.raises(Fault, match=r"cannot read .*kept.json \(.*\); mend or delete it"):
             cli.read_json(path)
 
@@ -91,6 +102,28 @@ def test_folders(tmp_path):
     for name in ("", f"{tmp_path}/file/x", "a\0b"):
         with pytest.raises(Fault, match="argument --out: "):
             cli.make_folder(name, "out")
+
+
+def test_places_for_files(tmp_path):
+    place = str(tmp_path / "new" / "a.png")
+    assert cli.make_place(place, "figure", cli.FIGURES) == Path(place)
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, said in {
+        "a.txt": "must end in .png or .jpg or .pdf or .svg or .webp, got",
+        "": "must end in",
+        "folder.png": "is there, and is no file",
+        "file/a.png": "cannot write to",
+        "x" * 300 + ".png": "cannot write to .*File name too long",
+    }.items():
+        with pytest.raises(Fault, match=f"argument --figure: .*{said}"):
+            cli.make_place(str(tmp_path / name) if name else "", "figure", cli.FIGURES)
+
+
+def test_figures_are_what_matplotlib_knows():
+    known = FigureCanvasAgg(Figure()).get_supported_filetypes()
+    assert {ending[1:] for ending in cli.FIGURES} <= set(known)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -106,22 +139,156 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "line"),
-    [
-        (Fault("what is wrong\nand more"), 2, "x.py: what is wrong\n"),
-        (cli.Stopped("saved; go on"), 130, "x.py: saved; go on\n"),
-        (cli.Stopped(), 130, "x.py: stopped\n"),
-        (KeyboardInterrupt(), 130, "x.py: stopped\n"),
-    ],
-)
+ENDS = [
+    (Fault("what is wrong\nand more"), 2, "x.py: what is wrong\n"),
+    (Fault("a\x1b" + "b" * 10_000 + "c"), 2, f"x.py: a?{'b' * 298} ... {'b' * 299}c\n"),
+    (cli.Stopped("saved; go on"), 130, "x.py: saved; go on\n"),
+    (cli.Stopped(), 130, "x.py: stopped\n"),
+    (KeyboardInterrupt(), 130, "x.py: stopped\n"),
+    (ModuleNotFoundError("No module named 'torch'"), 2, "'torch'; pip install -r requirements.txt"),
+    (MemoryError("Unable to allocate memory"), 2, "x.py: out of memory (Unable to allocate"),
+    (RuntimeError("CUDA out of memory. Tried"), 2, "x.py: out of memory (CUDA out of memory."),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=range(len(ENDS)))
 def test_an_end_is_one_line_and_a_code(error, code, line, capsys):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as end:
         cli.run("x.py", main)
-    assert end.value.code == code and capsys.readouterr().err == line
+    said = capsys.readouterr().err
+    assert end.value.code == code and line in said and said.count("\n") == 1
+
+
+def test_a_bug_of_ours_is_a_traceback():
+    for error in (ValueError("so"), OSError(5, "so"), RuntimeError("so")):
+        assert cli.verdict(error) is None
+    ran = bash("python -c 'import cli; cli.run(str(), lambda: 1 / 0)'")
+    assert ran.returncode == 1 and ran.stderr.startswith("Traceback")
+    assert ran.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def bash(line, **environment):
+    """What a shell makes of a line; the exit code is that of the first program of a pipe."""
+    python = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "", **python, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+MAKE = "python prompts.py text --n 20 --out {}/a.txt"
+C = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
+SHELLS = [  # a line, the exit code, and what it says on stderr
+    (MAKE, 0, "wrote 20 prompts to "),
+    (f"{C} {MAKE}", 0, "wrote 20 prompts to "),
+    (f"{C} python prompts.py text --out 'é.svg'", 2, "must end in .txt, got '"),
+    (f"PYTHONIOENCODING=ascii {MAKE} --n é", 2, "argument --n: invalid int value: 'é'"),
+    (f"{MAKE} --out $'\\xff'", 2, "argument --out: must end in .txt, got '"),
+    ("python prompts.py --help | true", 141, None),
+    ("python bench.py --help | true", 141, None),
+    (f"{MAKE} 2>&1 | true", 141, None),
+    ("python prompts.py --help > /dev/full", 2, "No space left on device); make room"),
+    ("python bench.py --help > /dev/full", 2, "No space left on device); make room"),
+    (f"{MAKE} >&-", 0, "wrote 20 prompts"),
+    (f"{MAKE} >&- 2>&-", 0, None),
+    (f"{MAKE} --n 0 2> /dev/full", 2, None),
+    ("python bench.py fly", 2, "bench.py: the command must be plan, step, plain, changes, got"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "said"), SHELLS, ids=range(len(SHELLS)))
+def test_terminals_and_pipes(line, code, said, tmp_path):
+    ran = bash(line.format(tmp_path))
+    assert ran.returncode == code and "Traceback" not in ran.stderr
+    assert ran.stderr.count("\n") == (said is not None) and (said or "") in ran.stderr
+
+
+@pytest.mark.parametrize("script", ["bench.py plan", "train_sd35.py", "toy/compare.py"])
+@pytest.mark.parametrize(
+    ("found", "code", "said"),
+    [
+        ("raise KeyboardInterrupt", 130, "py: stopped\n"),
+        ("import not_installed", 2, "py: No module named 'not_installed'; pip install -r "),
+        ("raise ImportError('libc10.so: not found')", 2, "py: libc10.so: not found; pip install "),
+    ],
+)
+def test_libraries_that_do_not_load(script, found, code, said, tmp_path):
+    (tmp_path / "torch.py").write_text(found)
+    ran = bash(f"python {script}", PYTHONPATH=str(tmp_path))
+    assert ran.returncode == code and said in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def test_a_second_signal_ends_at_once_and_a_launchers_repetition_does_not():
+    code = """if True:
+        import cli, os, signal, time
+        check = cli.signal_check()
+        for pause in (0, 1.1):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("goes on", flush=True)
+            time.sleep(1.1)
+    """
+    ran = bash(f"python -c '{code}'")
+    assert (ran.returncode, ran.stdout) == (130, "goes on\n")
+    assert ran.stderr == "stopped at once; what was saved before is kept\n"
+
+
+def draws(script, *flags):
+    """A script's main with these flags, in this process."""
+
+    def work(folder, monkeypatch):
+        module = importlib.import_module(script)
+        monkeypatch.setattr(flow2d, "PRETRAINING_STEPS", 2)
+        build = functools.partial(shapes.build, width=32)
+        monkeypatch.setattr(shapes, "build", build)
+        monkeypatch.setattr("sys.argv", [script, *(flag.format(folder) for flag in flags)])
+        cli.run(f"{script}.py", module.main)
+
+    return work
+
+
+def keeps(folder, monkeypatch):
+    """What compare.py does with a run that is finished."""
+    results = compare.Results(folder)
+    results.kept["ring-2"] = {}
+    cli.run("compare.py", lambda: results.add("ring-2", "a run", {"seconds": 1.0}))
+
+
+RUN_2D = ("run_2d", "--iterations", "1", "--out", "{}")
+WRITTEN = {  # the file that there is no room for, and who writes it
+    "run_2d.png": draws(*RUN_2D),
+    "run_2d.gif": draws(*RUN_2D),
+    "a.txt": draws("prompts", "text", "--n", "3", "--out", "{}/a.txt"),
+    "a.jsonl": draws("prompts", "geneval", "--n", "3", "--out", "{}/a.jsonl"),
+    "family.png": draws("compare", "--full", "--only", "family", "--out", "{}"),
+    "ring-2.json": keeps,
+    "held_out.jsonl": draws("shapes", "--pretraining", "1", "--samples", "1", "--out", "{}"),
+    "base.png": draws("shapes", "--pretraining", "1", "--samples", "1", "--out", "{}"),
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeypatch, capsys):
+    """What is written aside meets a device that is full; what was there before stays."""
+    if name not in ("a.txt", "a.jsonl"):  # prompts.py writes nothing over
+        (tmp_path / name).write_bytes(b'{"version": 3, "runs": {}}')
+    before = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / f".{os.getpid()}-{name}").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as end:
+        WRITTEN[name](tmp_path, monkeypatch)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and f"cannot write {tmp_path / name} (" in line
+    assert "No space left on device" in line
+    assert {path.name for path in tmp_path.glob(f"*{name}*")} == before
+    if before:
+        assert (tmp_path / name).read_bytes() == b'{"version": 3, "runs": {}}'
 
 
 def test_nothing_heavy_is_imported():

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import random
 import re
 import subprocess
@@ -64,6 +65,17 @@ def test_a_missing_file_is_named(tmp_path):
         prompts.read(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="cannot read .*null"):
         prompts.read(Path("a\0b.txt"))
+    with pytest.raises(ValueError, match="cannot read .*File name too long"):
+        prompts.read(Path("a" * 5000 + ".txt"))
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    for name in "abc":
+        with pytest.raises(ValueError, match=f"cannot read .*{name}.txt .it is no file.$"):
+            prompts.read(tmp_path / f"{name}.txt")
 
 
 @pytest.fixture
@@ -293,14 +305,15 @@ def test_a_disk_that_is_full_leaves_no_half_file(tmp_path, monkeypatch, capsys):
 
 
 BAD = {
-    "geneval --n 3 --out a.txt": "argument --out: must end in .jsonl for geneval, got 'a.txt'",
-    "text --n 3": "argument --out: must end in .txt for text, got ''",
+    "geneval --n 3 --out a.txt": "argument --out: must end in .jsonl, got 'a.txt'",
+    "text --n 3": "argument --out: must end in .txt, got ''",
     "text --n 0 --out a.txt": "argument --n: must be at least 1 and at most 1000000, got 0",
     "text --n 9999999 --out a.txt": "argument --n: must be at least 1 and at most 1000000, got 99",
     "text --n 999999 --out {}/a.txt": "different prompts, asked for 999999",
     "text --seed -1 --out a.txt": "argument --seed: must be at least 0, got -1",
     "poems --n 3 --out a.txt": "invalid choice: 'poems'",
     "text --n 3 --out /dev/null/a.txt": "argument --out: cannot write to '/dev/null' (",
+    "text --n 3 --out {}/.txt": "argument --out: must end in .txt, got '",
     "text --n 3 --out {}/kept.txt": "kept.txt is there already; give another name or delete it",
 }
 

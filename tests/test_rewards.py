@@ -123,6 +123,19 @@ def test_a_spec_that_names_no_reward(spec, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_reward_is_given_once(own, monkeypatch, tmp_path):
+    name = own("f = g = len")
+    assert rewards.parse_all(["pickscore=2", name, name[:-1] + "g"]) == {
+        "pickscore": 2,
+        name: 1,
+        name[:-1] + "g": 1,
+    }
+    monkeypatch.chdir(tmp_path)
+    for twice in (["pickscore", "pickscore=2"], [name, "own/../own/mine.py:f"]):
+        with pytest.raises(rewards.RewardError, match=" is there twice; give it once .*=2 weighs"):
+            rewards.parse_all(twice)
+
+
 def test_a_path_may_have_an_equals_sign(own):
     name = own("f = len", folder="a=b")
     assert rewards.parse(name) == (name, 1) and rewards.parse(f"{name}=2") == (name, 2)
@@ -183,6 +196,7 @@ LOADING = {  # as it is loaded: the file's source, and what is said of it
     "f = 1\nraise ValueError('\\n  a\\nb\\n' * 1000)": "ValueError: a .line 2.$",
     "f = 1\nraise ValueError('x' * 10**6)": "ValueError: x{300} .line 2.$",
     "class E(Exception):\n    def __str__(self): return 1 / 0\nraise E\nf = 1": "E .line 3.$",
+    "class E(Exception):\n    def __str__(self): raise SystemExit\nraise E\nf = 1": "E .line 3.$",
     "f = 'f'": "f is a str, and must be callable with images and prompts$",
     "f2 = 'f'": "f is not there, and must be callable",
     "def f(images): pass": "cannot be called with images and prompts .too many positional",
@@ -250,6 +264,8 @@ def test_scores_are_of_their_own_and_without_gradients(images):
     first = rewards.score("mine", lambda images, prompts: buffer, images, PROMPTS)
     buffer += 1
     assert first.tolist() == [0, 0, 0] and first.dtype == torch.float32
+    sparse = torch.tensor([0.0, 1.0, 0.0]).to_sparse()
+    assert rewards.score("mine", lambda *_: sparse, images, PROMPTS).tolist() == [0, 1, 0]
     seen = []
     rewards.score(
         "mine", lambda images, prompts: seen.append(weight * 2) or weight, images, PROMPTS
@@ -274,7 +290,12 @@ FAILING = [
     (lambda images, prompts: leave(), "SystemExit$"),
     (lambda images, prompts: fail(), "ValueError$"),
     (lambda images, prompts: fail("a\nb\n" * 1000), "ValueError: a$"),
-    (lambda images, prompts: prompts[0].lower(), "'dict' object has no attribute 'lower'"),
+    (
+        lambda images, prompts: prompts[0].lower(),
+        r"'dict' object has no attribute 'lower'; a prompt is a dict, and prompt\['prompt'\] its",
+    ),
+    (lambda images, prompts: prompts[0] + ", please", "TypeError: .*; a prompt is a dict, and"),
+    (lambda images, prompts: fail("predict"), "ValueError: predict$"),
     (
         lambda images, prompts: [1.0],
         r"must return 3 scores, got \(1,\), of prompt 'a red",

@@ -118,15 +118,16 @@ BAD_FLAGS = {
     "1000000000",
     "--group_size 100000": "argument --group_size: prompts, group_size and train_timesteps "
     "multiply to at most 1000000, which is what memory holds, got 3200000",
-    "--beta 0": "argument --beta: must be above 0, got 0.0",
-    "--beta nan": "argument --beta: must be above 0, got nan",
-    "--learning-rate -1": "argument --learning_rate: must be above 0, got -1.0",
-    "--learning-rate inf": "argument --learning_rate: must be a finite number, got inf",
+    "--beta 0": "argument --beta: must be above 1e-30 and at most 1e+30, got 0.0",
+    "--beta nan": "argument --beta: must be above 1e-30 and at most 1e+30, got nan",
+    "--learning-rate -1": "argument --learning_rate: must be above 0 and at most 1e+30, got -1.0",
+    "--learning-rate inf": "argument --learning_rate: must be above 0 and at most 1e+30, got inf",
+    "--clip inf --ema 0.5": "argument --clip: must be a finite number, got inf",
     "--t-min 1": "argument --t_min: must be at least 0 and below 1, got 1.0",
     "--t_min 1": "argument --t_min: must be at least 0 and below 1, got 1.0",
     "--rollout-steps 0": "argument --rollout_steps: must be at least 1 and at most 1000, got 0",
     "--train-timesteps 0": "argument --train_timesteps: must be at least 1 and at most 1000, got 0",
-    "--kl -0.1": "argument --kl: must be at least 0, got -0.1",
+    "--kl -0.1": "argument --kl: must be at least 0 and at most 1e+30, got -0.1",
     "--clip -1 --ema 0.9": "argument --clip: must be at least 0, got -1.0",
     "--clip 0.1": "argument --clip: compares theta with theta_old, which differ only with --ema",
     "--ema 1.5": "argument --ema: must be at least 0 and at most 1, got 1.5",
@@ -170,6 +171,20 @@ def test_a_run_that_blows_up_is_the_inputs_fault(tmp_path):
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert last.startswith("run_2d.py: ") and last.endswith("; lower --learning_rate?")
+
+
+@pytest.mark.parametrize("name", ["run_2d.png", "run_2d.gif"])
+def test_a_folder_where_a_figure_belongs_stops_before_any_work(name, tmp_path):
+    (tmp_path / name).mkdir()
+    result = run("--out", tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.endswith(f"{name} is there, and is no file\n")
+
+
+def test_the_environments_backend_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    result = run("--iterations", 1, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_folder_that_cannot_be_written_stops_before_any_work(tmp_path):

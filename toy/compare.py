@@ -8,6 +8,8 @@ flags, the settings that were chosen run again, on seeds that no search and no r
 are shown beside what was reported: two minutes.
 """
 
+# ruff: noqa: E402 (Ctrl-C is answered while the libraries are loaded)
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,12 +17,20 @@ import functools
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/compare.py` finds cli.py
+import cli
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
+    cli.run("compare.py", lambda: None)  # from here on, Ctrl-C is one line
 
 import figures
 import matplotlib.pyplot as plt
@@ -42,8 +52,6 @@ from methods import (
 from search import AROUND, DRAWN, METHODS, PENALTY, ROUNDS, RUNGS, TUNING_SEEDS, Search, search
 from tqdm import tqdm
 
-import cli
-
 VERSION = 4  # of what a run means; results of another version are computed again
 
 FRESH_SEEDS = tuple(range(10))
@@ -61,18 +69,19 @@ class Results:
         self.folder, self.compute, self.keep = folder, compute, keep
         self.kept: dict[str, dict[str, dict]] = {}
         self.references: dict[tuple[str, int], Future] = {}
-        self.pool = ProcessPoolExecutor(os.cpu_count())
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+        self.pool = ProcessPoolExecutor(os.cpu_count(), **quiet)  # at Ctrl-C, no tracebacks
 
     def load(self, world: str) -> dict[str, dict]:
         path = self.folder / f"{world}.json"
         if not path.exists():
             return {}
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text() if path.is_file() else "")
             if stored["version"] == VERSION:
                 return stored["runs"]
             reason = f"of version {stored['version']}, not {VERSION}"
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             reason = "damaged"
         if not (self.compute and self.keep):
             raise cli.Fault(f"{path} is {reason}; run --full to compute it again")
@@ -119,6 +128,7 @@ class Results:
                 self.add(world, key, found)
                 progress.update()
         except KeyboardInterrupt:
+            progress.close()
             self.pool.shutdown(cancel_futures=True)
             raise
         progress.close()
@@ -219,6 +229,8 @@ class Comparison:
                 runs = self.measured(make, f"{name} in {world}")
                 if runs:
                     found.setdefault(world, {})[name] = runs
+        if not found:
+            return []
         drawn = {
             world: {name: self.search(world, name).drawn for name in by_method}
             for world, by_method in found.items()
@@ -382,11 +394,17 @@ class Arguments:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> Arguments:
     args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
-    out = cli.make_folder(args.out, "out")
+    cli.make_folder(args.out, "out")
     if not args.full and (args.only or args.table):
         raise cli.Fault("arguments --only and --table: go with --full")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    out = Path(args.out)
     plt.switch_backend("agg")
     comparison = Comparison(Results(out, compute=args.full and not args.table), out)
     if not args.full:

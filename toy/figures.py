@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from methods import RIGHT, WAY, Run, budget_in, way
 from torch import Tensor
 
+import cli
 import dgpo
 
 STYLES = {  # colour, line, marker: distinct to the colour-blind and in grey
@@ -113,7 +114,7 @@ def save(figure: Figure, path: Path, x: str, y: str, legend: Axes | None = None)
     if legend:
         handles, labels = legend.get_legend_handles_labels()
         figure.legend(handles, labels, fontsize=14, loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=80)
+    cli.replace_file(path, lambda new: figure.savefig(new, dpi=80))
     plt.close(figure)
 
 
@@ -217,7 +218,7 @@ def plot_sweep(path: Path, found: Worlds) -> None:
     axes[0].set_yticklabels(names, fontsize=14)
     handles = dict(zip(*reversed(axes[2].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, fontsize=14, loc="outside upper center", ncols=4)
-    figure.savefig(path)
+    cli.replace_file(path, figure.savefig)
     plt.close(figure)
 
 
@@ -311,5 +312,5 @@ def plot_family(path: Path) -> None:
     figure.supylabel("loss, from its value at v_old", fontsize=17)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=13, loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=80)
+    cli.replace_file(path, lambda new: figure.savefig(new, dpi=80))
     plt.close(figure)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/run_2d.py` finds cli.py
-from cli import Fault, make_folder, option, parse, replace_file, run  # noqa: E402
+from cli import Fault, make_folder, make_place, option, parse, replace_file, run  # noqa: E402
 
 MOST = 1_000_000  # samples times timesteps in an iteration: 2.4 GB
 FRAMES = 40  # stages kept for the GIF
+FILES = ("run_2d.png", "run_2d.gif")
 
 
 @dataclass
@@ -28,10 +29,16 @@ class Arguments:
     prompts: int = option(16, "P: groups in an iteration.", at_least=1, at_most=MOST)
     group_size: int = option(24, "G: samples in a group.", at_least=2, at_most=MOST)
     beta: float = option(
-        1.0, "The beta of Eq. 17 for a gap that is a group's mean: the gate closes by it.", above=0
+        1.0,
+        "The beta of Eq. 17 for a gap that is a group's mean: the gate closes by it.",
+        above=1e-30,
+        at_most=1e30,
     )
     learning_rate: float = option(
-        1.5e-3, "AdamW's learning rate. If the reward swings or falls, lower it.", above=0
+        1.5e-3,
+        "AdamW's learning rate. If the reward swings or falls, lower it.",
+        above=0,
+        at_most=1e30,
     )
     t_min: float = option(
         0.2, "Timestep clip: the least time to train at; 1 is pure noise.", at_least=0, below=1
@@ -43,7 +50,10 @@ class Arguments:
         2, "K: timesteps that a group is trained at in an iteration.", at_least=1, at_most=1000
     )
     kl: float = option(
-        0.01, "Weight of the distance to the reference. Raise it to stay near.", at_least=0
+        0.01,
+        "Weight of the distance to the reference. Raise it to stay near.",
+        at_least=0,
+        at_most=1e30,
     )
     clip: float | None = option(
         None, "PPO-style clip of exp(L_old - L_theta). It needs --ema.", at_least=0
@@ -70,12 +80,16 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
             "argument --group_size: prompts, group_size and train_timesteps multiply to at most "
             f"{MOST}, which is what memory holds, got {samples}"
         )
-    make_folder(args.out, "out")
+    folder = make_folder(args.out, "out")
+    for name in FILES[: 1 + args.gif]:
+        make_place(str(folder / name), "out", (".png", ".gif"))
     return args
 
 
 def main() -> None:
     args = parse_args()
+    if not args.show:
+        os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
     # Imported here, so that a bad flag is answered at once, and Ctrl-C meanwhile in one line.
     import flow2d
     import matplotlib.pyplot as plt
@@ -85,9 +99,7 @@ def main() -> None:
 
     import dgpo
 
-    if not args.show:
-        plt.switch_backend("agg")
-    elif plt.get_backend().lower() == "agg":
+    if args.show and plt.get_backend().lower() == "agg":
         raise Fault("argument --show: no window can be opened here; the GIF shows the same")
     torch.set_num_threads(1)  # matrices this small gain nothing from a second core
     torch.manual_seed(args.seed)
@@ -150,10 +162,10 @@ def main() -> None:
     optimum = report_2d.report(stages, generator)
     report_2d.report_z(args.group_size, generator)
 
-    written = [Path(args.out) / "run_2d.png"]
+    written = [Path(args.out) / FILES[0]]
     replace_file(written[0], lambda new: report_2d.save_png(new, stages, optimum, history))
     if args.gif:
-        written.append(Path(args.out) / "run_2d.gif")
+        written.append(Path(args.out) / FILES[1])
         rewards = [metrics["reward"] for metrics in history]
         replace_file(written[1], lambda new: report_2d.save_gif(new, stages, rewards))
     clock.append(time.perf_counter())

@@ -8,25 +8,84 @@ The pretraining captions are noisy, as the web's are: a third are those of anoth
 model can draw what is asked for and often does not, and that is what reinforcement is for.
 """
 
+# ruff: noqa: E402 (a wrong argument is answered before the libraries are loaded)
+
 from __future__ import annotations
 
 import itertools
 import json
 import math
+import os
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/shapes.py` finds dgpo.py
+import cli
+from cli import Fault, option
+
+WEIGHTS = "pytorch_lora_weights.safetensors"  # a LoRA's file in a run's folder
+
+
+@dataclass
+class Arguments:
+    """A world of drawn shapes, and a tiny pipeline that draws them, to be trained by DGPO."""
+
+    out: str = option(
+        str(Path(__file__).parent / "out" / "shapes"),
+        "The pipeline's folder.",
+        shown="toy/out/shapes",
+    )
+    pretraining: int = option(10_000, "Steps of the pretraining.", at_least=1, at_most=10**9)
+    samples: int = option(96, "Pictures of each task in the table.", at_least=1, at_most=10_000)
+    lora: list[str] = option(
+        [], "Folders of LoRAs: do not pretrain, but print the table with each of them."
+    )
+    figure: str | None = option(
+        None,
+        "The file to draw pictures before and with the first LoRA in, and the rewards of all; "
+        f"{', '.join(cli.FIGURES)}.",
+    )
+
+
+def read_arguments(argv: list[str] | None = None) -> Arguments:
+    """The command line. Raises Fault, also for what is not there or cannot be written to."""
+    args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
+    for folder in args.lora:
+        if not os.path.isfile(f"{folder}/{WEIGHTS}"):
+            raise Fault(f"argument --lora: there is no {Path(folder) / WEIGHTS}")
+        if args.figure:
+            read_rewards(folder)
+    if args.lora and not os.path.isfile(f"{args.out}/model_index.json"):
+        raise Fault(f"argument --out: {args.out} holds no pipeline; run toy/shapes.py first")
+    cli.make_folder(args.out, "out")
+    cli.make_place(str(Path(args.out) / "base.png"), "out", cli.FIGURES)
+    if args.figure is not None:
+        cli.make_place(args.figure, "figure", cli.FIGURES)
+    return args
+
+
+def read_rewards(folder: str) -> list[float]:
+    """The mean reward of each step of a run in a folder. Raises Fault."""
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        lines = path.read_text("utf-8").splitlines()
+        return [float(json.loads(line)["reward"]) for line in lines or [""]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise Fault(f"argument --lora: cannot read {path} ({cli.first_line(error)})") from None
+
+
+if __name__ == "__main__":
+    cli.run("shapes.py", read_arguments)
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/shapes.py` finds dgpo.py
-import cli  # noqa: E402
-import dgpo  # noqa: E402
-from cli import Fault, option  # noqa: E402
+import dgpo
 
 SIDE, CELL, GRID = 16, 8, 2  # a picture's and a cell's side in pixels, and how many cells that is
 COLORS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 220)}
@@ -41,7 +100,6 @@ WRONG = 0.35  # share of wrong captions in pretraining
 TOKENS = 7  # of a prompt, at most, for each tokenizer
 KINDS = list(itertools.product(COLORS, SHAPES))
 TASKS = ("single", "position", "count", "two")
-WEIGHTS = "pytorch_lora_weights.safetensors"  # a LoRA's file in a run's folder
 
 
 # The world. A scene is GRID * GRID cells, each None or (color, shape), row by row.
@@ -292,6 +350,7 @@ def contact_sheet(images: Tensor, prompts: list[dict], columns: int = 12) -> Ten
 
 def plot(path: Path, sheets: dict[str, Tensor], rewards: dict[str, list[float]]) -> None:
     """Contact sheets above, and the rollouts' mean reward in each run, over ten steps, below."""
+    os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")
@@ -319,35 +378,12 @@ def plot(path: Path, sheets: dict[str, Tensor], rewards: dict[str, list[float]])
     plt.close(figure)
 
 
-@dataclass
-class Arguments:
-    """A world of drawn shapes, and a tiny pipeline that draws them, to be trained by DGPO."""
-
-    out: str = option(
-        str(Path(__file__).parent / "out" / "shapes"),
-        "The pipeline's folder.",
-        shown="toy/out/shapes",
-    )
-    pretraining: int = option(10_000, "Steps of the pretraining.", at_least=1)
-    samples: int = option(96, "Pictures of each task in the table.", at_least=1)
-    lora: list[str] = option(
-        [], "Folders of LoRAs: do not pretrain, but print the table with each of them."
-    )
-    figure: str | None = option(
-        None, "Where to draw pictures before and with the first LoRA, and the rewards of all."
-    )
-
-
-def read_arguments() -> Arguments:
-    """The command line. Raises Fault, also for what is not there or cannot be written to."""
-    args = cli.parse(Arguments, sys.argv[1:])
-    for folder in args.lora:
-        if not (Path(folder) / WEIGHTS).exists():
-            raise Fault(f"argument --lora: there is no {Path(folder) / WEIGHTS}")
-    if args.lora and not (Path(args.out) / "model_index.json").exists():
-        raise Fault(f"argument --out: {args.out} holds no pipeline; run toy/shapes.py first")
-    cli.make_folder(args.out, "out")
-    return args
+def tried(line: str, work: Callable[..., object], *of: object, **more: object):
+    """What work(...) returns. Whatever diffusers raises because of a file is a Fault."""
+    try:
+        return work(*of, **more)
+    except Exception as error:
+        raise Fault(f"{line} ({cli.first_line(error)})") from None
 
 
 def main() -> None:
@@ -357,17 +393,18 @@ def main() -> None:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
 
     if loras:
-        pipe = StableDiffusion3Pipeline.from_pretrained(out, dtype=torch.float32)
+        load = StableDiffusion3Pipeline.from_pretrained
+        pipe = tried(f"argument --out: cannot use {out}", load, out, dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
     else:
         pipe = build()
         for name, prompts in {"prompts": prompt_list(), "held_out": held_out(6)}.items():
             lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-            (out / f"{name}.jsonl").write_text(lines)
+            cli.replace_file(out / f"{name}.jsonl", lambda new, lines=lines: new.write_text(lines))
         progress = tqdm(pretrain(pipe, args.pretraining), "pretraining", total=args.pretraining)
         for loss in progress:
             progress.set_postfix(loss=f"{loss:.3f}")
-        pipe.save_pretrained(out)
+        tried(f"cannot write {out}", pipe.save_pretrained, out)
         print(f"wrote {out}")
     pipe.scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
@@ -377,7 +414,8 @@ def main() -> None:
     for lora in [None, *loras]:
         name = lora.name if lora else "base"
         if lora:
-            pipe.load_lora_weights(lora, weight_name=WEIGHTS)
+            load, line = pipe.load_lora_weights, f"argument --lora: cannot use {lora}"
+            tried(line, load, lora, weight_name=WEIGHTS)
         for condition, (guidance, steps) in CONDITIONS.items():
             images = sample(pipe, prompts, 0, guidance, steps)
             print(report(name + condition, images, prompts), flush=True)
@@ -385,14 +423,13 @@ def main() -> None:
                 sheets[name] = contact_sheet(images, prompts)
         if lora:
             pipe.unload_lora_weights()
-    plot(out / "base.png", {"base": sheets["base"]}, {})
+    base = {"base": sheets["base"]}
+    cli.replace_file(out / "base.png", lambda new: plot(new, base, {}))
     if args.figure:
         first = loras[0].name if loras else "base"
-        curves = {
-            folder.name: [json.loads(line)["reward"] for line in (folder / "metrics.jsonl").open()]
-            for folder in loras
-        }
-        plot(Path(args.figure), {name: sheets[name] for name in ("base", first)}, curves)
+        curves = {folder.name: read_rewards(str(folder)) for folder in loras}
+        shown = {name: sheets[name] for name in ("base", first)}
+        cli.replace_file(Path(args.figure), lambda new: plot(new, shown, curves))
 
 
 if __name__ == "__main__":

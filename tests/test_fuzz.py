@@ -1,0 +1,96 @@
+"""Whatever is written behind a flag of any script: it is taken, or answered in one line.
+
+A script is a file with a dataclass of arguments; it is found by that, so that none is forgotten.
+"""
+
+import functools
+import importlib
+import os
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+import cli
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [
+    path.stem
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("toy/*.py")])
+    if "\nclass Arguments" in path.read_text("utf-8")
+]
+PARSERS = ("read_arguments", "parse_args")  # what a script calls that which needs no model
+
+HOSTILE = ["", "-", "--", "---", "-1", "-0", "0", "1", "nan", "-nan", "inf", "-inf", "1e400"]
+HOSTILE += ["-1e400", "1e-400", "0x10", "1_0", "1.5", "9" * 400, "9" * 5000, "-" + "9" * 400]
+HOSTILE += ["٣", "½", "é\u2028x", "\ud800", "\udcff", "a\nb", "a\rb", "\x1b[2J", "\x00", "%", "%s"]
+HOSTILE += ["=", "a=b", "--help=", "x" * 10_000, "[1]", "1,2", "None", "true", "~", "..", "{}"]
+HOSTILE += ["a.png", "a.txt", "nowhere/a.jsonl", "/dev/null/x", "/proc/x.png", "$(ls)", "*.py"]
+
+WORDS = st.one_of(
+    st.text(st.characters(blacklist_characters="/"), max_size=40),  # folders are made
+    st.integers().map(str),
+    st.integers(-3, 3).map(str),
+    st.floats().map(str),
+)
+
+
+def flags():
+    """Every argument of every script. bench.py's are the trainer's, but for what it adds."""
+    for script in SCRIPTS:
+        for name in importlib.import_module(script).Arguments.__annotations__:
+            yield pytest.param(script, name, id=f"{script}-{name}")
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory):
+    """What comes first in a script's command line, in a folder where anything may be written."""
+    folder = tmp_path_factory.mktemp("a") / "b"
+    folder.mkdir()
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    (folder / "prompts.txt").write_text("a dog")
+    before = os.getcwd()
+    os.chdir(folder)
+    lora = ["--lora", str(folder), "--prompts", "prompts.txt", "--output_dir", "evaluation"]
+    yield {"evaluate": lora, "prompts": ["--out", "new.jsonl"]}
+    os.chdir(before)
+
+
+def check(script, name, first, words):
+    """Success, or one Fault: a line that names the flag, or says what is no argument."""
+    module = importlib.import_module(script)
+    parse = next(
+        (getattr(module, parser) for parser in PARSERS if parser in vars(module)),
+        functools.partial(cli.parse, module.Arguments),
+    )
+    try:
+        parse(argv=[*first, *words])
+    except cli.Fault as fault:
+        code, line = cli.verdict(fault)
+        assert code == 2 and line.isprintable() and len(line) < 1000
+        assert name in line or line.startswith("unrecognized arguments:")
+    except SystemExit as end:
+        assert end.code == 0 and any(word.startswith(("-h", "--help")) for word in words[1:])
+
+
+@pytest.mark.parametrize(("script", "name"), list(flags()))
+def test_hostile_words(script, name, beginning):
+    for i, word in enumerate(HOSTILE):
+        words = [f"--{name}", word] if i % 2 else [f"--{name}={word}"]
+        check(script, name, beginning.get(script, []), words)
+    check(script, name, beginning.get(script, []), [f"--{name}"])
+    check(script, name, beginning.get(script, []), [f"--{name}", *HOSTILE[:3], *HOSTILE[4:]])
+
+
+@pytest.mark.parametrize(("script", "name"), list(flags()))
+@hypothesis.given(words=st.lists(WORDS, max_size=3), one=st.booleans())
+@hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=12)
+def test_random_words(script, name, beginning, words, one):
+    line = [f"--{name}={words[0]}"] if words and one else [f"--{name}", *words]
+    check(script, name, beginning.get(script, []), line)
+
+
+def test_all_scripts_are_found():
+    known = {"train_sd35", "evaluate", "bench", "prompts", "run_2d", "compare", "shapes"}
+    assert known <= set(SCRIPTS) and len(list(flags())) > 100
