@@ -235,7 +235,7 @@ def load(args: Arguments, texts: list[str]) -> Trainer:
         pipe, shapes = random_pipeline(dtype), ((1, 77 + args.max_sequence_length, 4096), (1, 2048))
         encoded = {text: sd35.Encoded(*map(torch.randn, shapes)) for text in texts}
     else:
-        pipe = sd35.load_pipeline(name, dtype)
+        pipe = sd35.load_pipeline(name, dtype, (args.resolution, args.rank))
         encoded = sd35.Encoder(pipe, args.max_sequence_length, accelerator.device)(texts, {})
     trainer = train_sd35.build(args, accelerator, pipe)
     trainer.model.encoded = encoded

@@ -8,6 +8,8 @@ The lists have GenEval's prompts four times and DrawBench's five times, as often
 them; each time is from noise of its own.
 """
 
+# ruff: noqa: E402 (a wrong argument is answered before the libraries are loaded)
+
 from __future__ import annotations
 
 import contextlib
@@ -22,32 +24,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from tqdm import tqdm
-
+import cli
 import prompts as prompt_sets
-import rewards
-from cli import Fault, first_line, make_folder, option, pairs, parse, read_json, replace_file, run
-from records import sheet
-from rewards.ocr import QUOTED
-from sd35 import LORA_FILE, decode, load_lora, load_pipeline
+from cli import Fault, first_line, make_folder, option, parse, read_json, replace_file
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 VARIANTS = ("base", "lora")
 ROWS = ("base", "LoRA", "difference")
 GRID = 4  # prompts with the best gain, and as many with the worst loss
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 OF_THE_RUN = "pretrained_model_name_or_path guidance_scale resolution max_sequence_length".split()
-
-Asked = dict[Path, dict]  # each picture's prompt: all of the base model, and then all of the LoRA
-Scores = dict[str, float]  # by `score_name`; NaN is an answer without a score
-Rows = dict[str, tuple[float, float, float] | None]  # by ROWS: mean and its 95 % interval, or none
 
 # For comparison. The first three are of the task, the last five on DrawBench.
 PAPER = """\
@@ -104,9 +90,10 @@ def run_file(lora: str) -> Path:
     return (folder.parent if folder.name.startswith("checkpoint-") else folder) / "arguments.json"
 
 
-def parse_args(argv: list[str]) -> Arguments:
-    """The arguments, checked as far as can be without loading a model. Raises Fault."""
+def read_arguments(argv: list[str]) -> Arguments:
+    """The arguments, checked as far as no library is needed. Raises Fault."""
     args = parse(Arguments, argv)
+    cli.check_ranks()
     if not os.path.isfile(Path(args.lora) / LORA_FILE):
         raise Fault(f"argument --lora: must be a folder with {LORA_FILE}, got {args.lora!r}")
     trained = read_json(run_file(args.lora))
@@ -123,7 +110,35 @@ def parse_args(argv: list[str]) -> Arguments:
     if not args.prompts:
         raise Fault("argument --prompts: is needed; --help says what for")
     args.reward = ["geneval_official" if name == "geneval" else name for name in args.reward]
-    flag = "prompts"
+    args.output_dir = args.output_dir or str(Path(args.lora) / "evaluation")
+    return args
+
+
+if __name__ == "__main__":
+    cli.run("evaluate.py", lambda: read_arguments(sys.argv[1:]))
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import rewards
+from records import check_lora, is_first_process, launching, sheet
+from rewards.ocr import QUOTED
+from sd35 import decode, load_lora, load_pipeline
+
+TABLE_2 = ["aesthetic", "deqa", "imagereward", "pickscore", "unifiedreward"]
+Asked = dict[Path, dict]  # each picture's prompt: all of the base model, and then all of the LoRA
+Scores = dict[str, float]  # by `score_name`; NaN is an answer without a score
+Rows = dict[str, tuple[float, float, float] | None]  # by ROWS: mean and its 95 % interval, or none
+
+
+def parse_args(argv: list[str]) -> Arguments:
+    """The arguments, checked as far as can be without loading a model. Raises Fault."""
+    args, flag = read_arguments(argv), "prompts"
     try:
         read = prompt_sets.load(args.prompts)
         for flag in ("reward", "metrics"):
@@ -135,8 +150,10 @@ def parse_args(argv: list[str]) -> Arguments:
     bare = next((i for i, prompt in enumerate(read, 1) if "include" not in prompt), None)
     if bare and any(name.startswith("geneval") for name in args.reward + args.metrics):
         raise Fault(f"argument --prompts: prompt {bare} has no GenEval metadata, as geneval needs")
-    args.output_dir = args.output_dir or str(Path(args.lora) / "evaluation")
-    pairs(args.reward_model)
+    known = args.reward + (args.metrics or [*TABLE_2, "geneval_official", "ocr"])
+    for name in cli.pairs(args.reward_model):
+        if name not in known:
+            raise Fault(f"argument --reward_model: {name} is not among {', '.join(known)}")
     return args
 
 
@@ -145,12 +162,12 @@ def metrics_at_hand(args: Arguments, prompts: list[dict], device: torch.device) 
 
     Tried one by one, before the pipeline takes its place on the device. Raises Fault if none does.
     """
-    wanted = ["aesthetic", "deqa", "imagereward", "pickscore", "unifiedreward"]
+    wanted = list(TABLE_2)
     if all("include" in prompt for prompt in prompts):
         wanted.insert(0, "geneval_official")
     elif all(QUOTED.search(prompt["prompt"]) for prompt in prompts):
         wanted.insert(0, "ocr")
-    models, found = pairs(args.reward_model), []
+    models, found = cli.pairs(args.reward_model), []
     for metric in wanted:
         try:
             rewards.load(metric, device, models.get(metric), fetch=False)
@@ -164,7 +181,10 @@ def metrics_at_hand(args: Arguments, prompts: list[dict], device: torch.device) 
 
 
 def claim_folder(args: Arguments, texts: list[str]) -> None:
-    """Raises Fault if the folder holds pictures of other settings. Metrics may be added later."""
+    """Raises Fault if the folder holds pictures of other settings. Metrics may be added later.
+
+    Every process looks, before they wait for each other; the first one writes.
+    """
     drawn = {name: getattr(args, name) for name in (*OF_THE_RUN, "num_inference_steps", "seeds")}
     drawn["texts"] = texts
     drawn["LoRA"] = hashlib.sha256((Path(args.lora) / LORA_FILE).read_bytes()).hexdigest()
@@ -174,7 +194,8 @@ def claim_folder(args: Arguments, texts: list[str]) -> None:
         if before.get(name) != drawn[name]:
             where = f"argument --output_dir: {args.output_dir}"
             raise Fault(f"{where} holds pictures of another {name}; give another folder")
-    replace_file(kept, lambda new: new.write_text(json.dumps(drawn)))
+    if is_first_process():
+        replace_file(kept, lambda new: new.write_text(json.dumps(drawn)))
     for variant in VARIANTS:
         make_folder(f"{args.output_dir}/images/{variant}")
 
@@ -191,30 +212,6 @@ def is_whole(path: Path, side: int) -> bool:
             return True
     tqdm.write(f"{path} is damaged: drawn again")
     return False
-
-
-def check_lora(path: Path, transformer: nn.Module) -> None:
-    """Raises Fault at the first tensor that is not finite, has no place, or another shape.
-
-    diffusers passes over what fits nothing, and the pictures would be the base model's.
-    """
-    shapes = {f"transformer.{name}": x.shape for name, x in transformer.named_parameters()}
-    try:
-        weights = load_file(path)
-        if not weights:
-            raise ValueError("it is empty")
-        for name, tensor in weights.items():
-            place = name.rpartition(".lora_")[0]
-            shape = shapes.get(f"{place}.weight")
-            down, up = (weights.get(f"{place}.lora_{x}.weight") for x in "AB")
-            if shape is None or down is None or up is None:
-                raise ValueError(f"the model has no place for {name}")
-            if (len(up), *down.shape[1:]) != shape or up.shape[1:] != down.shape[:1]:
-                raise ValueError(f"{place} has {[*down.shape]}, {[*up.shape]} for {[*shape]}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinity")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise Fault(f"argument --lora: cannot use {path} ({first_line(error)})") from None
 
 
 def pixels(args: Arguments, pipe: Any, batch: dict[Path, str]) -> np.ndarray:
@@ -241,11 +238,7 @@ def draw(args: Arguments, device: torch.device, asked: Asked) -> None:
     if not missing:
         return
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype).to(device)
-    config = pipe.transformer.config
-    most = config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor
-    if args.resolution > most:
-        raise Fault(f"argument --resolution: the model has at most {most}, got {args.resolution}")
+    pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, (args.resolution, 0)).to(device)
     check_lora(Path(args.lora) / LORA_FILE, pipe.transformer)
     for variant in VARIANTS:
         if variant == "lora":
@@ -259,7 +252,7 @@ def draw(args: Arguments, device: torch.device, asked: Asked) -> None:
 
 def score_name(args: Arguments, path: Path, metric: str) -> str:
     """What a picture's score is kept under. A metric with other weights is another metric."""
-    model = pairs(args.reward_model).get(metric)
+    model = cli.pairs(args.reward_model).get(metric)
     return f"{path.parent.name} {path.stem} {metric}" + (f"={model}" if model else "")
 
 
@@ -270,7 +263,7 @@ def score(args: Arguments, device: torch.device, asked: Asked, known: Scores) ->
         left = [path for path in asked if score_name(args, path, metric) not in known]
         if not left:
             continue
-        reward = rewards.load(metric, device, pairs(args.reward_model).get(metric))
+        reward = rewards.load(metric, device, cli.pairs(args.reward_model).get(metric))
         for i in tqdm(range(0, len(left), args.batch_size), f"scoring by {metric}", disable=None):
             batch = left[i : i + args.batch_size]
             images = torch.stack([read_picture(path) for path in batch]).to(device)
@@ -380,12 +373,13 @@ def evaluate(args: Arguments) -> None:
         out / "images" / variant / f"{line:05d}_{seed}.png": prompts[line]
         for variant, line, seed in product(VARIANTS, range(len(prompts)), range(args.seeds))
     }
-    state = PartialState(cpu=not torch.cuda.is_available())
+    texts = [prompt["prompt"] for prompt in prompts for _ in range(args.seeds)]
+    claim_folder(args, texts)
+    with launching():
+        state = PartialState(cpu=not torch.cuda.is_available())
     found = args.metrics or metrics_at_hand(args, prompts, state.device)
     args.metrics = list(dict.fromkeys(args.reward + found))
     if state.is_main_process:
-        texts = [prompt["prompt"] for prompt in prompts for _ in range(args.seeds)]
-        claim_folder(args, texts)
         tqdm.write(f"{amount(texts)}, in {args.num_inference_steps} steps, by base and {args.lora}")
         file = run_file(args.lora)
         others = f"those of {file}" if file.exists() else f"the usual, as there is no {file}"
@@ -418,4 +412,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run("evaluate.py", main)
+    cli.run("evaluate.py", main)

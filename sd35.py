@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,12 @@ from diffusers import DPMSolverMultistepScheduler as DPMSolver
 from diffusers import FlowMatchEulerDiscreteScheduler as Euler
 from diffusers.training_utils import cast_training_params, offload_models
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 import dgpo
-from cli import Fault, first_line, replace_file
+from cli import Fault, first_line, read_json
 
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()
@@ -47,11 +46,12 @@ LORA_TARGETS = "add_k_proj add_q_proj add_v_proj to_add_out to_k to_q to_v to_ou
 Context = Callable[[], AbstractContextManager]
 
 
-def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusion3Pipeline:
     """Transformer and text encoders in dtype, the VAE in float32; nothing trains. Raises Fault.
 
     T5 may be absent if the model says so, and nothing else. A tokenizer must know its encoder's
     words: transformers makes do with one that knows none, and then all prompts are equal.
+    fits: a resolution and a LoRA's rank, which are checked before the weights are read.
     """
     local = Path(model).is_dir()
     try:
@@ -62,6 +62,7 @@ def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
             there = index.get(name, [None])[0] and any((folder / name).glob("*config.json"))
             if not there and name not in absent:
                 raise ValueError(f"it has no {name}")
+        check_fit(folder, *fits)
         dtypes = {"default": dtype, "vae": torch.float32}
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=dtypes, **absent)
         for i in ("", "_2", "_3")[: 2 if absent else 3]:
@@ -69,6 +70,8 @@ def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
             known = getattr(pipe, f"text_encoder{i}").config.vocab_size
             if not 0.9 * known < words <= known:
                 raise ValueError(f"its tokenizer{i} has {words} tokens, and its encoder {known}")
+    except Fault:
+        raise
     except Exception as error:  # whatever the libraries make of other files
         hub = f"accept its licence at https://huggingface.co/{model}, do `hf auth login`, or "
         hint = f"{'' if local else hub}give a folder as a pipeline's save_pretrained writes it"
@@ -78,6 +81,17 @@ def load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
     return pipe
+
+
+def check_fit(folder: Path, resolution: int, rank: int) -> None:
+    """Raises Fault if a model has no place for such pictures, or no use for such a LoRA."""
+    config, vae = (read_json(folder / name / "config.json") for name in ("transformer", "vae"))
+    token = config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)  # its side in pixels
+    side = config["pos_embed_max_size"] * token
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    for name, given, most in (("resolution", resolution, side), ("rank", rank, width)):
+        if given > most:
+            raise Fault(f"argument --{name}: the model has at most {most}, got {given}")
 
 
 def make_scheduler(sampler: str, shift: float) -> Any:
@@ -104,10 +118,8 @@ def add_lora(
     """
     torch.manual_seed(seed)
     targets = [f"attn.{name}" for name in LORA_TARGETS.split()]
-    lora = LoraConfig(
-        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
-    )
-    transformer.add_adapter(lora)
+    about = {"r": rank, "lora_alpha": alpha, "init_lora_weights": "gaussian"}
+    transformer.add_adapter(LoraConfig(**about, target_modules=targets))
     cast_training_params(transformer, dtype=torch.float32)
     if checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -277,19 +289,6 @@ class Model:
             return unconditional + guidance * (conditional - unconditional)
 
         return v
-
-
-def save_lora(model: Model, folder: Path) -> None:
-    """The saved average as LORA_FILE in folder, complete or not there at all. Raises Fault."""
-    transformer = model.pipe.transformer
-    with model.saved_average():
-        lora = {
-            "transformer_lora_layers": get_peft_model_state_dict(transformer),
-            # Without this, the LoRA would be loaded at scale 1 instead of alpha / rank.
-            "transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict(),
-        }
-        save = partial(model.pipe.save_lora_weights, folder, **lora)
-        replace_file(folder / LORA_FILE, lambda new: save(weight_name=new.name))
 
 
 def load_lora(pipe: StableDiffusion3Pipeline, folder: Path | str) -> None:

@@ -26,8 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import cli
 from cli import Fault, Stopped, first_line, option
 
@@ -63,8 +61,8 @@ class MicroBatch(int):
             number = super().__new__(cls, 0 if value == "auto" else value)
         except ValueError:
             number = -1
-        if number < 0:
-            raise argparse.ArgumentTypeError(f"must be at least 1, or auto, got {value}")
+        if not 0 <= number <= 10**6:
+            raise argparse.ArgumentTypeError(f"must be 1 to 1000000, or auto, got {value}")
         return number
 
 
@@ -102,15 +100,13 @@ class Arguments:
         shown="the paper's list for the reward",
     )
     validation_prompts: str | None = option(
-        None,
-        "Prompts whose pictures are watched.",
-        shown="up to 8 of the training prompts, held out",
+        None, "Prompts whose pictures are watched.", shown="up to 8 held out of the training's"
     )
     output_dir: str = option("runs/dgpo", "The folder of this run.")
-    seed: int = option(0, "Decides everything that is random.", at_least=0)
+    seed: int = option(0, "Decides everything that is random.", at_least=0, at_most=2**63 - 1)
 
     prompts_per_step: int = released(  # num_groups, "set to be 24 for better performance"
-        8, "P: groups in a step, over all processes. The authors advise 24.", at_least=1
+        8, "P: all processes' groups in a step. The authors advise 24.", at_least=1, at_most=10_000
     )
     group_size: int = released(  # sample.num_image_per_prompt, with the same remark
         16,
@@ -118,19 +114,20 @@ class Arguments:
         "--micro_batch_size.",
         pickscore=24,
         at_least=2,
+        at_most=10_000,
     )
-    max_train_steps: int = option(1000, "Steps, with a rollout each, to train for.", at_least=1)
+    max_train_steps: int = option(1000, "Steps, each with a rollout.", at_least=1, at_most=10**9)
     micro_batch_size: MicroBatch = option(
         4, "Most images in one pass of a network, or auto. It bounds the memory and nothing else."
     )
     resolution: int = option(512, "Side of the images in pixels, a multiple of 16.", at_least=16)
-    max_sequence_length: int = option(128, "Most tokens of a prompt that T5 reads.", at_least=1)
+    max_sequence_length: int = option(128, "Most tokens that T5 reads.", at_least=1, at_most=512)
 
     sampler: str = option("dpm++", "The rollout's deterministic sampler.", choices=SAMPLERS)
-    num_inference_steps: int = option(10, "Steps of the rollout's sampler.", at_least=1)
+    num_inference_steps: int = option(10, "Steps of the sampler.", at_least=1, at_most=1000)
     flow_shift: float = option(3.0, "Shift of the sampler's times towards noise.", above=0)
     guidance_scale: float = released(  # sample.guidance_scale
-        4.5, "Guidance of the rollout; 1 is none.", cfg_free=1.0, cfg_free_ema=1.0
+        4.5, "Guidance of the rollout; 1 is none.", cfg_free=1.0, cfg_free_ema=1.0, at_least=1
     )
     offline: bool = option(False, "Draw all samples from the reference (Section 4.3).")
 
@@ -179,6 +176,7 @@ class Arguments:
         "Guidance of the frozen reference's velocity; 1 is none.",
         cfg_free=4.5,
         cfg_free_ema=4.5,
+        at_least=0,
     )
     ema_reference: bool = released(  # use_ema_ref
         False, "Compare with theta_old in the gap, but not in the KL.", cfg_free_ema=True
@@ -213,11 +211,12 @@ class Arguments:
     )
 
     rank: int = option(64, "Rank of the LoRA.", at_least=1)
-    lora_alpha: int = option(128, "The LoRA is scaled by this over its rank.", at_least=1)
+    lora_alpha: int = option(128, "The LoRA's scale, times its rank.", at_least=1, at_most=10**6)
     learning_rate: float = option(3e-4, "AdamW's learning rate.", above=0)
     lr_scheduler: str = option(
         "constant", "A cosine falls to 0 at --max_train_steps.", choices=["constant", "cosine"]
     )
+    lr_warmup_steps: int = option(0, "Steps in which it rises from 0 before that.", at_least=0)
     adam_weight_decay: float = option(1e-4, "AdamW's weight decay.", at_least=0)
     max_grad_norm: float = option(1.0, "Norm that a step's gradient is clipped to.", above=0)
     ema_decay: float = option(
@@ -237,42 +236,21 @@ class Arguments:
     resume_from_checkpoint: str | None = option(None, "'latest', or a folder, to continue a run.")
     validation_steps: int = option(50, "Steps between validation pictures.", at_least=1)
     eval_inference_steps: int = released(  # sample.eval_num_steps
-        14, "Sampler steps of these.", cfg_free=10, cfg_free_ema=10, at_least=1
+        14, "Sampler steps of these.", cfg_free=10, cfg_free_ema=10, at_least=1, at_most=1000
     )
-    report_to: str | None = option(
-        None, "A tracker, besides metrics.jsonl.", choices=["tensorboard", "wandb"]
+    report_to: str = option(
+        "none", "A tracker, besides metrics.jsonl.", choices=["none", "tensorboard", "wandb"]
     )
+    push_to_hub: bool = option(False, "Upload the result in the end. Do `hf auth login` first.")
+    hub_model_id: str | None = option(None, "Its name there.", shown="that of --output_dir")
     config: str | None = option(None, "YAML or JSON file of these arguments. Flags win.")
     print_arguments: bool = option(False, "Print all arguments as a file for --config, and end.")
 
 
-def read_config(path: str) -> list[str]:
-    """A YAML or JSON file's arguments, as a command line has them. Raises Fault."""
-    try:
-        settings = yaml.load(Path(path).read_text(), yaml.BaseLoader)  # everything as it is written
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise Fault(f"argument --config: cannot read {path} ({first_line(error)})") from None
-    if not isinstance(settings, dict):
-        raise Fault(f"argument --config: {path} must have a line 'argument: value' for each")
-    types, line = {f.name: f.type for f in dataclasses.fields(Arguments)}, []
-    for name, value in settings.items():
-        if name not in types:
-            raise Fault(f"argument --config: {path} has no argument {name}")
-        if types[name] == "bool":
-            if value not in ("true", "false"):
-                raise Fault(f"argument --config: {name} must be true or false, got {value}")
-            line.append(f"--{name}" if value == "true" else f"--no_{name}")
-        elif value not in ("", "null", []):
-            line += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    return line
-
-
 def read_arguments(arguments: type = Arguments, argv: list[str] | None = None) -> Any:
     """The command line, with --config and the released settings, as far as no library is needed."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = cli.parse(arguments, argv)
-    if args.config:
-        args = cli.parse(arguments, [*read_config(args.config), *argv])  # what comes last wins
+    args = cli.parse_with_config(arguments, sys.argv[1:] if argv is None else argv)
+    cli.check_ranks()
     if args.resolution % 16:
         raise Fault(f"argument --resolution: must be a multiple of 16, got {args.resolution}")
     args.combine = args.combine or ("advantages" if len(args.reward) > 1 else "rewards")
@@ -289,6 +267,7 @@ if __name__ == "__main__":
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
 
+import huggingface_hub
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -324,22 +303,35 @@ def parse_args(argv: list[str] | None = None, arguments: type = Arguments) -> An
     m, G = args.train_samples or 2, args.group_size
     if m % 2 or m > G:
         raise Fault(f"argument --train_samples: must be even, at most --group_size {G}, got {m}")
-    if args.report_to and importlib.util.find_spec(args.report_to) is None:
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise Fault(f"argument --report_to: needs `pip install {args.report_to}`")
-    for flag, check in {
-        "reward": rewards.parse,
-        "eval_reward": rewards.parse,
-        "train_prompts": prompt_sets.load,
-        "validation_prompts": prompt_sets.load,
-    }.items():
-        values = getattr(args, flag)
-        try:
-            for value in values if isinstance(values, list) else filter(None, [values]):
-                check(value)
-        except ValueError as error:
-            raise Fault(f"argument --{flag}: {error}") from None
-    cli.pairs(args.reward_model)
+    if args.push_to_hub and not huggingface_hub.get_token():
+        raise Fault("argument --push_to_hub: needs a token; do `hf auth login`, or set HF_TOKEN")
+    check_inputs(args)
     return args
+
+
+def check_inputs(args: Arguments) -> None:
+    """Raises Fault if prompts cannot be read, or a reward is none, or has no effect as given."""
+    used: list[str] = []
+    try:
+        for flag in ("train_prompts", "validation_prompts"):
+            if name := getattr(args, flag):
+                prompt_sets.load(name)
+        for flag in ("reward", "eval_reward"):
+            names = [rewards.parse(spec)[0] for spec in getattr(args, flag)]
+            used += names
+            for spec, name in zip(getattr(args, flag), names, strict=True):
+                if names.count(name) > 1:
+                    raise ValueError(f"{name} is there twice; give it once ({name}=2 weighs it)")
+                if flag == "eval_reward" and spec != name:
+                    raise ValueError(f"what is only watched has no weight, got {spec}")
+        flag = "reward_model"
+        for name in cli.pairs(args.reward_model):
+            if name not in used:
+                raise ValueError(f"{name} is not among the rewards: {' '.join(used)}")
+    except ValueError as error:
+        raise Fault(f"argument --{flag}: {error}") from None
 
 
 def trained_times(args: Arguments) -> Tensor:
@@ -402,7 +394,10 @@ def trained_samples(args: Arguments, scores: Scores) -> Tensor:
 
 def learning_rate(args: Arguments, step: int) -> float:
     """A function of the step and the arguments, so that no checkpoint has to hold it."""
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.max_train_steps)
+    warmup = args.lr_warmup_steps
+    if step < warmup:
+        return args.learning_rate * step / warmup
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, args.max_train_steps - warmup))
     return args.learning_rate * (cosine if args.lr_scheduler == "cosine" else 1)
 
 
@@ -456,6 +451,7 @@ class Trainer:
             **records.reward_metrics(scores, advantages, finite),
             **records.mean_over_processes(groups),
             "grad_norm": grad_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             **clock.metrics(len(chosen) * self.args.group_size),
         }
 
@@ -501,11 +497,8 @@ class Trainer:
         found = {}
         for name, (weight, _) in self.trained_on.items():
             found[name] = weight, torch.tensor([row[name] for row in rows])
-            bad = (~found[name][1].isfinite()).nonzero().tolist()
-            for p, g in bad[: self.accelerator.is_main_process]:
-                text, value = chosen[p]["prompt"], rows[p][name][g]
-                about = f"reward {name} is {value} for prompt {text!r}, sample {g}"
-                tqdm.write(f"step {step}: {about}; such groups take no part")
+            if self.accelerator.is_main_process:
+                records.tell_of_bad_scores(step, name, found[name][1], chosen)
         return latents, found
 
     def score(self, images: Tensor, prompt: dict, clock: Clock) -> dict[str, list[float]] | str:
@@ -641,6 +634,11 @@ class Trainer:
             out, limit = Path(self.args.output_dir), self.args.checkpoints_total_limit
             records.save_checkpoint(out, self.model, state, limit)
 
+    @property
+    def picture(self) -> Path:
+        """Where the validation pictures of the steps that are done go, if they are drawn."""
+        return Path(self.args.output_dir) / "validation" / f"step-{self.done:06d}.png"
+
     def validate(self, prompts: list[dict], base: Tensor, watched: dict) -> dict[str, float]:
         """Draws the prompts by the saved average, beside the base model's pictures, scores both.
 
@@ -648,17 +646,8 @@ class Trainer:
         """
         with self.model.saved_average():
             now = self.render(prompts)
-        title = f"step-{self.done:06d}"
-        path = Path(self.args.output_dir) / "validation" / f"{title}.png"
-        records.draw_grid(path, [prompt["prompt"] for prompt in prompts], base, now, title)
-        try:
-            return {
-                f"eval{of}/{name}": rewards.score(name, reward, images, prompts).mean().item()
-                for name, (_, reward) in {**self.trained_on, **watched}.items()
-                for of, images in (("_base", base), ("", now))
-            }
-        except rewards.RewardError as error:
-            raise Fault(str(error)) from None
+        judges = {**self.trained_on, **watched}
+        return records.validate(self.picture, prompts, base, now, judges)
 
 
 # The run
@@ -668,8 +657,10 @@ def launch(args: Arguments) -> Accelerator:
     """One of the processes that torchrun or accelerate has started; with neither, the only one."""
     # Without cpu=True, several processes on a CPU would not find each other.
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    where = {"log_with": args.report_to, "project_dir": args.output_dir}
-    return Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **where)
+    tracker = None if args.report_to == "none" else args.report_to
+    about = {"log_with": tracker, "project_dir": args.output_dir}
+    with records.launching():
+        return Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **about)
 
 
 def precision(args: Arguments) -> torch.dtype:
@@ -702,7 +693,7 @@ def load_rewards(args: Arguments, device: torch.device, flag: str) -> dict[str, 
 
 
 def read_prompts(args: Arguments) -> tuple[list[dict], list[dict]]:
-    """Training prompts, and validation prompts that are not among them."""
+    """Training prompts, and validation prompts: by default 8 of a list, fewer of a short one."""
     try:
         training = prompt_sets.load(args.train_prompts or task_of(args))
     except ValueError as error:
@@ -748,23 +739,28 @@ def fit_micro_batch(trainer: Trainer) -> int:
 def train(args: Arguments) -> None:
     """Algorithm 1, from the first step or a checkpoint to the last, and what it leaves on disk."""
     out = records.claim_folder(args)
+    state = records.find_checkpoint(out, args.resume_from_checkpoint)
+    done = state["step"] if state else 0
+    if records.nothing_to_do(out, args, done):
+        return
     training, validation = read_prompts(args)
+    if args.push_to_hub and records.is_first_process():
+        records.make_repository(args)
     accelerator = launch(args)
     main, metrics_file = accelerator.is_main_process, out / "metrics.jsonl"
-    pipe = sd35.load_pipeline(args.pretrained_model_name_or_path, precision(args))
+    records.announce(args, accelerator, training, validation, done)
+    fits = (args.resolution, args.rank)
+    pipe = sd35.load_pipeline(args.pretrained_model_name_or_path, precision(args), fits)
     encode = sd35.Encoder(pipe, args.max_sequence_length, accelerator.device)
     trainer = build(args, accelerator, pipe)
     model = trainer.model
     trainer.trained_on = load_rewards(args, accelerator.device, "reward")
     watched = load_rewards(args, accelerator.device, "eval_reward")
-    if args.resume_from_checkpoint:
-        with accelerator.main_process_first():  # which puts damaged checkpoints aside
-            kept = (args.resume_from_checkpoint, model, trainer.optimizer)
-            trainer.done, trainer.bad_steps = records.resume(out, *kept)
+    if state:
+        trainer.done, trainer.bad_steps = records.resume(state, model, trainer.optimizer)
     if main:
-        records.begin(out, args)
-    if args.report_to:
-        accelerator.init_trackers("dgpo", {k: str(v) for k, v in vars(args).items()})
+        records.begin(out, args, done)
+        records.start_trackers(accelerator, args)
 
     def texts_of(step: int) -> list[str]:
         return [prompt["prompt"] for prompt in trainer.own(prompts_of_step(training, args, step))]
@@ -801,12 +797,11 @@ def train(args: Arguments) -> None:
             finally:  # the step is done, also if its pictures are not
                 if main:
                     records.add_line(metrics_file, metrics)
+                    records.track(accelerator, metrics, trainer.picture)
             if show:
                 records.plot_curves(metrics_file, out / "curves.png")
             gate = "-" if metrics["gate"] is None else f"{metrics['gate']:.3f}"
             progress.set_postfix(reward=f"{metrics['reward']:.4g}", gate=gate)
-            if args.report_to:
-                accelerator.log({k: v for k, v in metrics.items() if v is not None}, trainer.done)
             if trainer.bad_steps == 5:
                 raise Fault("five steps in a row had no finite gradient; lower --learning_rate")
             if trainer.done % args.checkpointing_steps == 0 or last:
@@ -816,18 +811,18 @@ def train(args: Arguments) -> None:
         saved = Stopped("stopped, and saved; continue with --resume_from_checkpoint latest")
         raise (saved if isinstance(end, Stopped) else end) from None
     if main:
-        sd35.save_lora(model, out)
+        records.save_lora(model, out)
         records.write_card(args, metrics_file)
         tqdm.write(f"wrote {out / sd35.LORA_FILE}")
     accelerator.end_training()
+    if main and args.push_to_hub:
+        records.upload(args)
 
 
 def main() -> None:
     args = parse_args()
     if args.print_arguments:
-        settings = {**dataclasses.asdict(args), "config": None, "print_arguments": False}
-        settings["micro_batch_size"] = int(args.micro_batch_size) or "auto"
-        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        print(records.as_config(args), end="")
         return
     try:
         train(args)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import sd35
 
 ROOT = Path(__file__).parents[1]
 BRIGHTNESS = f"{ROOT}/tests/own_rewards.py:brightness"
@@ -433,6 +434,7 @@ BAD = {
     "--resolution 4096": "argument --resolution: the model has at most",
     "--resolution 100": "argument --resolution: must be a multiple of 16, got 100",
     "--reward_model clip": "argument --reward_model: must be name=path, got clip",
+    "--reward_model ocr=x": "argument --reward_model: ocr is not among ",
     "--nonsense 3": "unrecognized arguments: --nonsense 3",
     "--model {}/none": "cannot load",
 }
@@ -445,6 +447,19 @@ def test_bad_input_is_one_line(line, tiny, loras, prompts, tmp_path):
     with pytest.raises(evaluate.Fault) as fault:
         evaluate.evaluate(evaluate.parse_args(argv))
     assert BAD[line] in str(fault.value) and "\n" not in str(fault.value)
+
+
+def test_a_bad_argument_is_answered_before_a_library_is_loaded():
+    """Here none can be."""
+    command = [sys.executable, "-S", "evaluate.py", "--seeds", "0"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    said = "argument --seeds: must be at least 1 and at most 1000, got 0"
+    assert ended.stderr == f"evaluate.py: {said}\n"
+
+
+def test_the_lora_is_looked_for_where_diffusers_puts_it():
+    assert evaluate.LORA_FILE == sd35.LORA_FILE
 
 
 def test_what_is_missing_is_asked_for():

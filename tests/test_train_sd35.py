@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent import futures
 from pathlib import Path
 
@@ -20,7 +23,11 @@ import own_rewards
 import pytest
 import shapes
 import torch
+from accelerate.tracking import GeneralTracker
 from diffusers import StableDiffusion3Pipeline
+from diffusers.optimization import get_scheduler
+from huggingface_hub.utils import filter_repo_objects
+from matplotlib.figure import Figure
 from PIL import Image
 
 import bench
@@ -206,7 +213,7 @@ BAD = {
     "--reward nopackage.x:f": "there is no package nopackage",
     "--recipe magic": "invalid choice: 'magic'",
     "--config {}/none.yaml": "--config: cannot read",
-    "--config {}/bad.yaml": "has no argument magic",
+    "--config {}/bad.yaml": "bad.yaml, line 2: there is no argument magic",
     "--config {}/wrong.yaml": "invalid choice: 'heun'",
     "--config {}/list.yaml": "must have a line 'argument: value' for each",
     "--train_prompts {}/none.txt": "--train_prompts: cannot read",
@@ -215,8 +222,8 @@ BAD = {
     "--train_prompts {}/broken.jsonl": "broken.jsonl, line 2 is not JSON",
     "--train_prompts {}/no.jsonl": 'line 1 has no "prompt"',
     "--validation_prompts {}/none.txt": "--validation_prompts: cannot read",
-    "--group_size 1": "--group_size: must be at least 2, got 1",
-    "--prompts_per_step 0": "--prompts_per_step: must be at least 1, got 0",
+    "--group_size 1": "--group_size: must be at least 2 and at most 10000, got 1",
+    "--prompts_per_step 0": "--prompts_per_step: must be at least 1 and at most 10000, got 0",
     "--resolution 500": "--resolution: must be a multiple of 16, got 500",
     "--t_min 1": "--t_min: must be at least 0 and below 1, got 1.0",
     "--t_min 0.9": "only 3 of the rollout's 10 times are at least --t_min 0.9, got 4",
@@ -225,18 +232,27 @@ BAD = {
     "--beta 0": "--beta: must be above 0, got 0.0",
     "--report_to paper": "invalid choice: 'paper'",
     "--report_to wandb": "--report_to: needs `pip install wandb`",
-    "--micro_batch_size -1": "--micro_batch_size: must be at least 1, or auto, got -1",
-    "--micro_batch_size few": ": must be at least 1, or auto, got few",
+    "--micro_batch_size -1": "--micro_batch_size: must be 1 to 1000000, or auto, got -1",
+    "--micro_batch_size few": ": must be 1 to 1000000, or auto, got few",
+    "--group_size 1000000": "--group_size: must be at least 2 and at most 10000, got 1000000",
+    "--max_sequence_length 513": "must be at least 1 and at most 512, got 513",
+    "--reward compressibility compressibility=2": "compressibility is there twice; give it once",
+    "--eval_reward compressibility compressibility": "compressibility is there twice",
+    "--eval_reward compressibility=2": "what is only watched has no weight, got compress",
+    "--reward_model ocr=x": "argument --reward_model: ocr is not among the rewards: pickscore",
+    "--push_to_hub": "argument --push_to_hub: needs a token; do `hf auth login`, or set HF_TOKEN",
     "--output_dir {}/file/run": "--output_dir: cannot write to",
     "--output_dir {}/other": "holds a run; continue it with --resume_from_checkpoint latest",
     "--output_dir {}/other --resume_from_checkpoint latest --group_size 24": "has 3, got 24",
+    "--output_dir {}/other --resume_from_checkpoint latest --lr_warmup_steps 1": "has 0, got 1",
 }
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_bad_input_is_one_line(line, tmp_path):
+def test_bad_input_is_one_line(line, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sd35.huggingface_hub, "get_token", lambda: None)
     for name, content in {
-        "bad.yaml": b"magic: 1",
+        "bad.yaml": b"beta: 1\nmagic: 1",
         "wrong.yaml": b"sampler: heun",
         "list.yaml": b"- 1",
         "empty.txt": b" \n",
@@ -250,6 +266,9 @@ def test_bad_input_is_one_line(line, tmp_path):
     args = line.format(tmp_path).split()
     defaults = dataclasses.asdict(train_sd35.parse_args(["--output_dir", str(tmp_path / "x")]))
     kept = {**defaults, "output_dir": str(tmp_path / "other"), "group_size": 3}
+    if "--lr_warmup_steps" in args:  # which a run of an older version has not
+        kept = {**kept, "group_size": 24}
+        del kept["lr_warmup_steps"]
     (tmp_path / "other" / "arguments.json").write_text(json.dumps(kept))
     (tmp_path / "other" / "checkpoint-1").mkdir()
     if "--output_dir" not in args:
@@ -268,7 +287,10 @@ def test_bad_input_ends_at_once_with_code_2_and_one_line(tmp_path):
     (tmp_path / "yaml").symlink_to(Path(yaml.__file__).parent)
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr == "train_sd35.py: argument --group_size: must be at least 2, got 1\n"
+    assert (
+        ended.stderr
+        == "train_sd35.py: argument --group_size: must be at least 2 and at most 10000, got 1\n"
+    )
 
 
 def test_the_help_shows_every_default_also_where_a_recipe_has_it(capsys, monkeypatch):
@@ -283,12 +305,108 @@ def test_the_help_shows_every_default_also_where_a_recipe_has_it(capsys, monkeyp
     assert "100.0, pickscore 10.0, cfg_free_ema 2000.0" in help_text
 
 
-NO_DEFAULT = "reward reward_model eval_reward resume_from_checkpoint report_to config".split()
+NO_DEFAULT = "reward reward_model eval_reward resume_from_checkpoint config".split()
+
+
+CONFIGS = {
+    "max-train-steps: 5": ["--max_train_steps=5"],
+    "model: a/b": ["--pretrained_model_name_or_path=a/b"],
+    "mixed_precision: no": ["--mixed_precision=no"],  # a word, where YAML has a boolean
+    "offline: no": ["--no_offline"],
+    "offline: True": ["--offline"],
+    "reward: [a, b=2]": ["--reward", "a", "b=2"],
+    "reward: a": ["--reward", "a"],
+    "reward: []": [],
+    "train_samples: null": [],
+    "output_dir: ''": ["--output_dir="],  # which is refused, as on the command line
+    "\ufeffbeta: 1.5\r\nkl: 0\r\n": ["--beta=1.5", "--kl=0"],
+    '{\n\t"beta": 1,\n\t"offline": true\n}': ["--beta=1", "--offline"],
+}
+BAD_CONFIGS = {
+    "beta: 1\nkl: [1, 2]": "line 2: kl takes one value",
+    "beta: {a: 1}": "line 1: beta takes one value",
+    "reward: [[a]]": "line 1: reward takes values, and no list in a list",
+    "reward: &a [*a]": "line 1: reward takes values, and no list in a list",
+    "reward: [--offline]": "line 1: reward takes no value that begins with -",
+    "beta: 1\nkl: 1\nbeta: 2": "line 3: beta is there already",
+    "? [1]\n: 2": "line 1: there is no argument of that kind",
+    "beta: 1\nkl: 2\n x: y: z": "line 3: this is not YAML",
+    "beta: 1\nkl: '": "line 2: this is not YAML",
+    "[" * 10_000: "cannot read",
+    "a: " + "{b: " * 10_000: "cannot read",
+    "beta: \0": "cannot read",
+    "": "must have a line 'argument: value' for each",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS)
+def test_a_config_as_the_world_writes_it(content, tmp_path):
+    file = tmp_path / ("run.json" if content[0] == "{" else "run.yaml")
+    file.write_bytes(content.encode())
+    assert cli.read_config(str(file), train_sd35.Arguments) == CONFIGS[content]
+
+
+@pytest.mark.parametrize("content", BAD_CONFIGS)
+def test_a_bad_config_is_one_line_with_its_number(content, tmp_path):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(cli.Fault) as fault:
+        cli.read_config(str(tmp_path / "run.yaml"), train_sd35.Arguments)
+    assert f"run.yaml, {BAD_CONFIGS[content]}" in str(fault.value) or (
+        BAD_CONFIGS[content] in str(fault.value) and "line" not in BAD_CONFIGS[content][:5]
+    )
+    assert "\n" not in str(fault.value)
+
+
+def test_what_a_config_says_is_checked_and_its_file_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("beta: much")
+    with pytest.raises(cli.Fault, match="run.yaml: argument --beta: invalid float value: 'much'"):
+        train_sd35.parse_args(["--config", str(tmp_path / "run.yaml")])
+
+
+TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+BAD_RANKS = {
+    "WORLD_SIZE": ["two", "-1", "0", "", "1.5"],
+    "RANK": ["x", "-1", "2", "\u0663"],
+    "LOCAL_RANK": ["x", "2", None],
+    "MASTER_ADDR": [None],
+    "MASTER_PORT": [""],
+}
+
+
+@pytest.mark.parametrize("name", BAD_RANKS)
+def test_ranks_that_cannot_be_are_one_line_before_any_library(name, monkeypatch):
+    for key, value in TWO.items():
+        monkeypatch.setenv(key, value)
+    train_sd35.read_arguments(argv=[])
+    for value in BAD_RANKS[name]:
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+        with pytest.raises(cli.Fault, match=f"environment variable {name}: .*launch"):
+            train_sd35.read_arguments(argv=[])
+
+
+def test_a_process_that_finds_no_other_is_one_line(monkeypatch):
+    with pytest.raises(cli.Fault, match="cannot start this process of several .no such host."):
+        with records.launching():
+            raise RuntimeError("no such host\nand a trace")
 
 
 def test_a_missing_model_says_what_to_do(tiny, tmp_path):
     with pytest.raises(train_sd35.Fault, match="cannot load .*nowhere.* or give a folder as"):
         run(tiny, tmp_path / "run", model=tmp_path / "nowhere")
+
+
+def test_what_does_not_fit_the_model_is_refused_before_its_weights_load(
+    tiny, tmp_path, monkeypatch
+):
+    def load(*about, **more):
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", load)
+    for changed, most in (({"resolution": 32}, 16), ({"rank": 33}, 32)):
+        (name,) = changed
+        line = f"argument --{name}: the model has at most {most}, got {changed[name]}"
+        with pytest.raises(cli.Fault, match=line):
+            run(tiny, tmp_path / "run", **changed)
 
 
 # The steps
@@ -381,7 +499,7 @@ def test_equal_rewards_are_a_step_of_the_kl_or_none(kl, tiny, tmp_path):
 
 
 def load_state(out, step):
-    return records.load_checkpoint(out / f"checkpoint-{step}")[0]["parameters"]
+    return records.load_checkpoint(out / f"checkpoint-{step}")["parameters"]
 
 
 def test_the_trained_times_are_the_schedulers_integers():
@@ -476,6 +594,7 @@ def test_a_run_leaves_what_a_person_wants_to_see(plain):
     for line in lines:
         assert 0 < line["reward"] < 1 and line["reward"] == line[f"reward/{name}"]
         assert line["reward_std"] > 0 and line["equal_groups"] == 0 and line["kl"] >= 0
+        assert line["learning_rate"] == 3e-4
         assert 0.4 < line["gate"] < 0.6 and 0 <= line["clipped"] <= 1 and line["grad_norm"] > 0
         parts = [line[f"seconds/{phase}"] for phase in ("rollout", "decode", "wait", "train")]
         assert line["seconds/reward"] > 0
@@ -550,6 +669,20 @@ def test_the_learning_rate_depends_on_the_step_alone():
     assert rates == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
     args.lr_scheduler = "constant"
     assert {train_sd35.learning_rate(args, step) for step in range(9)} == {2.0}
+
+
+@pytest.mark.parametrize("name", ["constant_with_warmup", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 3, 12])
+def test_the_warm_up_is_the_one_of_diffusers(name, warmup):
+    theta = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([theta], 2.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=10)
+    schedule = {"lr_scheduler": name.split("_")[0], "lr_warmup_steps": warmup}
+    args = train_sd35.Arguments(learning_rate=2.0, max_train_steps=10, **schedule)
+    for step in range(10):
+        assert train_sd35.learning_rate(args, step) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
 
 
 def test_a_learning_rate_that_falls_takes_smaller_steps(tiny, tmp_path):
@@ -916,7 +1049,7 @@ def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp
         run(tiny, tmp_path / "run", max_train_steps=9)
     lines = metrics(tmp_path / "run")
     assert [line["grad_norm"] for line in lines] == [None] * 5
-    state = records.load_checkpoint(tmp_path / "run" / "checkpoint-5")[0]
+    state = records.load_checkpoint(tmp_path / "run" / "checkpoint-5")
     assert all(torch.equal(*pair) for pair in zip(state["parameters"], state["ema"], strict=True))
     assert state["bad_steps"] == 5 and not state["optimizer"]["state"]
 
@@ -1037,8 +1170,6 @@ def test_a_signal_to_one_of_two_processes_ends_both_and_saves(tiny, whole, tmp_p
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, whole, tmp_path, capsys):
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     kept = json.loads((out / "arguments.json").read_text())
@@ -1051,6 +1182,202 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tiny, whole, tmp_pat
     printed = capsys.readouterr()
     assert f"{newest} is missing or damaged" in printed.out + printed.err
     assert bits(out) == bits(whole) and len(metrics(out)) == LONG["max_train_steps"]
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_last_checkpoint_stays(tiny, tmp_path):
+    """The first is obeyed between passes; here it comes while saving takes for ever."""
+    out, hanging = tmp_path / "run", tmp_path / "hanging"
+    save = records.save_checkpoint
+
+    def hang(out, model, state, limit):
+        if state["step"] != 2:
+            hanging.touch()
+            (out / ".checkpoint-x").mkdir()
+            time.sleep(100)
+        save(out, model, state, limit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "save_checkpoint", hang)
+        child = in_a_child(flags(tiny, out, **{**LONG, "checkpointing_steps": 2}))
+        deadline = time.time() + 60
+        while not hanging.exists() and time.time() < deadline:
+            time.sleep(0.01)
+        os.kill(child, signal.SIGINT)
+        time.sleep(1.1)  # what comes sooner is a launcher's repetition
+        asked = time.time()
+        os.kill(child, signal.SIGINT)
+        _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == 130 and time.time() - asked < 10
+    run(tiny, out, **{**LONG, "max_train_steps": 3}, resume_from_checkpoint="latest")
+    assert checkpoint_count(out) == "checkpoint-3" and len(metrics(out)) == 3
+    assert not list(out.glob(".checkpoint-*"))
+
+
+# What is written, and by which method of which class.
+WRITES = {
+    "arguments.json": (Path, "write_text"),
+    "state.pt": (Path, "write_bytes"),
+    "complete.json": (Path, "write_text"),
+    "pytorch_lora_weights.safetensors": (StableDiffusion3Pipeline, "save_lora_weights"),
+    "step-000002.png": (Image.Image, "save"),
+    "metrics.jsonl": (Path, "open"),
+    "curves.png": (Figure, "savefig"),
+    "README.md": (Path, "write_text"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_that_fails_is_one_line_and_the_run_can_go_on(name, plain, tiny, tmp_path):
+    """The disk is full, with half of a file written, when step 2 or the end writes this one."""
+    out, (kind, method) = tmp_path / "run", WRITES[name]
+    original = getattr(kind, method)
+
+    def fails(*args, **more):
+        place = next((str(x) for x in (*args, *more.values()) if str(x).endswith(name)), None)
+        first = name == "metrics.jsonl" and (args[1:2] != ("ab",) or not args[0].exists())
+        if not place or first:
+            return original(*args, **more)
+        if Path(place).name.startswith("."):  # it is written aside
+            beside = args[1] if kind is StableDiffusion3Pipeline else ""
+            os.close(os.open(Path(beside) / place, os.O_CREAT | os.O_WRONLY))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    settings = {"checkpointing_steps": 1, "validation_steps": 2}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.Fault) as fault:
+        patch.setattr(kind, method, fails)
+        run(tiny, out, **settings)
+    assert re.match("cannot write .*No space left on device", str(fault.value))
+    assert "\n" not in str(fault.value)
+    hidden = {path.name for path in out.rglob(".*")} - {".lock"}
+    assert not hidden  # nothing half-written is left, under any name
+    for checkpoint in records.checkpoints(out):
+        records.load_checkpoint(checkpoint)
+    for path in out.glob("*.json*"):
+        for line in (
+            path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        ):
+            json.loads(line)
+    run(tiny, out, **settings, resume_from_checkpoint="latest")
+    assert bits(out) == bits(plain)
+    assert metrics(out)[-1]["step"] == 3 and (out / "README.md").exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_vanishes_is_one_line(again, tiny, tmp_path, monkeypatch):
+    out, add_line = tmp_path / "run", records.add_line
+
+    def vanish(path, metrics):
+        shutil.rmtree(out)
+        if again:
+            out.write_text("a file of that name")
+        add_line(path, metrics)
+
+    monkeypatch.setattr(records, "add_line", vanish)
+    with pytest.raises(cli.Fault, match=f"cannot write {out}/checkpoint-1 .*; mend that, or make"):
+        run(tiny, out)
+
+
+def test_a_run_that_is_done_has_nothing_to_do_and_changes_no_record(tiny, whole, capsys):
+    def contents():
+        return {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+
+    before = contents()
+    for steps in (24, 20):
+        settings = {**LONG, "max_train_steps": steps, "resume_from_checkpoint": "latest"}
+        train_sd35.train(train_sd35.parse_args(flags(tiny, whole, **settings)))
+        said = f"has done 24 steps, and --max_train_steps is {steps}"
+        assert said in capsys.readouterr().out
+    assert contents() == before
+
+
+def test_it_says_at_the_start_what_it_will_do(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    few = tmp_path / "few.txt"
+    few.write_text("red square\nblue circle\n")
+    settings = {"max_train_steps": 1, "train_prompts": few, "validation_prompts": None}
+    run(tiny, out, **settings, resume_from_checkpoint="latest")
+    recipe, device, prompts = capsys.readouterr().out.splitlines()[:3]
+    assert recipe.startswith(f"recipe guided, reward {REWARD}:brightness: 3 groups of 4 a step")
+    assert device == (
+        "on cpu, precision no: steps 1 to 1, anew, as there is no checkpoint to go on from; into "
+        f"{out}"
+    )
+    assert prompts == (
+        f"2 prompts of {few}; in validation 1, trained on, too, as fewer than 8 prompts are too "
+        "few to hold one out"
+    )
+    run(tiny, out, **{**settings, "max_train_steps": 2}, resume_from_checkpoint="latest")
+    assert "steps 2 to 2, after the 1 of latest; into" in capsys.readouterr().out
+    run(tiny, tmp_path / "other", **{**settings, "validation_prompts": few})
+    assert "in validation 2, 2 of them trained on, too" in capsys.readouterr().out
+
+
+def test_a_tracker_gets_the_numbers_and_the_pictures(tiny, tmp_path, monkeypatch):
+    logged, shown = [], []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "own", False, None
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step, **more):
+            logged.append((step, values))
+
+        def log_images(self, values, step, **more):
+            shown.append((step, values["validation"].shape))
+
+    launch = train_sd35.launch
+    monkeypatch.setattr(
+        train_sd35, "launch", lambda args: launch_with(launch(args), Tracker(_blank=True))
+    )
+    run(tiny, tmp_path / "run", validation_steps=2)
+    assert [step for step, _ in logged] == [1, 2, 3]
+    assert logged[0][1]["learning_rate"] == 3e-4
+    assert f"eval/{REWARD}:brightness" in logged[1][1]
+    assert shown == [(2, (1, 472, 384, 3)), (3, (1, 472, 384, 3))]
+
+
+def launch_with(accelerator, tracker):
+    accelerator.log_with = [tracker]
+    return accelerator
+
+
+def test_a_run_is_pushed_to_the_hub_in_the_end_and_a_failed_upload_loses_nothing(
+    tiny, tmp_path, monkeypatch
+):
+    out, hub = tmp_path / "run", train_sd35.huggingface_hub
+    made, uploaded = [], []
+
+    def create_repo(name, exist_ok):
+        made.append((name, exist_ok, (out / "metrics.jsonl").exists()))
+        return types.SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(repo_id, folder_path, allow_patterns, commit_message):
+        found = filter_repo_objects(
+            sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()),
+            allow_patterns=allow_patterns,
+        )
+        uploaded.append((repo_id, list(found)))
+        raise RuntimeError("502 Server Error\nmore")
+
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    said = r"is finished and is in .*cannot be uploaded .502 Server Error.; .*hf upload me/lora"
+    with pytest.raises(cli.Fault, match=said):
+        run(tiny, out, push_to_hub=True, hub_model_id="lora", max_train_steps=1)
+    assert made == [("lora", True, False)]  # before any work
+    files = ["README.md", "curves.png", "metrics.jsonl", sd35.LORA_FILE]
+    assert uploaded == [("me/lora", [*files, "validation/step-000001.png"])]
+    assert lora(out) and 'load_lora_weights("me/lora"' in (out / "README.md").read_text()
+
+    def refused(name, exist_ok):
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr(hub, "create_repo", refused)
+    with pytest.raises(cli.Fault, match="--push_to_hub: cannot make other on the hub .401 Unauth"):
+        run(tiny, tmp_path / "other", push_to_hub=True)
 
 
 def test_what_a_run_saves_of_its_arguments_is_a_config(whole, tmp_path):
