@@ -51,7 +51,7 @@ SWEEP_SEEDS = FRESH_SEEDS[:4]
 MOST = ("DGPO", "DGPO with dials", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
 COMPARED = {"ring-2": (*MOST, "AWM", "GPO"), "blobs": MOST, "ring-32": MOST, "ring-128": MOST[:4]}
 MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")  # what sweeps are around, and the check is of
-LARGE, LIKE = "ring-512", "ring-128"  # a world too slow to search in takes another's settings
+LARGE, LIKE = ("ring-128", "ring-512"), "ring-32"  # larger worlds take this one's settings
 
 
 class Section(NamedTuple):
@@ -151,15 +151,14 @@ class Comparison:
         ]
 
     def transfer(self) -> list[Section]:
-        changes = {
-            name: dataclasses.replace(setting, world=LARGE)
-            for name, setting in self.chosen(LIKE).items()
-            if name in MAIN
-        }
-        found = self.changed("transfer", changes, SWEEP_SEEDS)
-        rows = [[name, *figures.run_row(LARGE, runs)] for name, runs in found.items()]
-        text = figures.table(["method", *figures.RUN_HEADER], rows)
-        return [Section(f"{LARGE}, at the settings chosen in {LIKE}", text)]
+        rows = []
+        for world in LARGE:
+            chosen = self.chosen(LIKE).items()
+            changes = {name: dataclasses.replace(one, world=world) for name, one in chosen}
+            found = self.changed("transfer", changes, SWEEP_SEEDS)
+            rows += [[world, name, *figures.run_row(world, runs)] for name, runs in found.items()]
+        text = figures.table(["world", "method", *figures.RUN_HEADER], rows)
+        return [Section(f"In more dimensions, at the settings chosen in {LIKE}", text)]
 
     def changes_of(self, name: str, world: str) -> dict[str, list[Run]]:
         changes, _, _, share, followed = sweeps.SWEEPS[name]
