@@ -51,7 +51,7 @@ import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import rewards
 import sd35
@@ -91,8 +91,12 @@ def random_pickscore() -> rewards.Reward:
 
 
 def tflop(work: Callable[[], object]) -> float:
-    """TFLOP of matrix products, convolutions and attention. On a CPU, torch leaves the last out."""
-    with FlopCounterMode(display=False) as counter:
+    """TFLOP of matrix products, convolutions and attention."""
+    name = "_scaled_dot_product_flash_attention_for_cpu"  # which torch itself does not count
+    forward, backward = (getattr(torch.ops.aten, name + end) for end in ("", "_backward"))
+    formulas = {forward: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}
+    formulas[backward] = lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
     return counter.get_total_flops() / 1e12
 
@@ -111,7 +115,8 @@ def count_sizes(args: Arguments) -> SimpleNamespace:
     dtype, side, size = torch.bfloat16, args.resolution // 8, SimpleNamespace()
 
     def count(network: nn.Module) -> float:
-        return sum(parameter.numel() for parameter in network.parameters()) / 1e9
+        # The transformer's table of positions is a buffer, and takes memory like a weight.
+        return sum(x.numel() for x in (*network.parameters(), *network.buffers())) / 1e9
 
     def forward() -> Tensor:
         tokens = torch.empty(1, 77 + args.max_sequence_length, 4096, dtype=dtype)
@@ -162,7 +167,7 @@ def plan_memory(args: Arguments, size: SimpleNamespace) -> None:
     # Adam, theta_old and the saved average stay while the others make room for a text encoder.
     encoding = 2 * size.t5 + 16 * size.lora
     for name, gigabytes in {
-        f"transformer, {size.transformer:.2f} G parameters in bf16": 2 * size.transformer,
+        f"transformer, {size.transformer:.2f} G weights in bf16": 2 * size.transformer,
         f"LoRA, {1000 * size.lora:.1f} M in float32, its gradient, Adam, averages": 24 * size.lora,
         "VAE in float32": 4 * size.vae,
         "T5 in bf16, the largest text encoder, without activations": 2 * size.t5,
@@ -217,9 +222,14 @@ def plan(args: Arguments) -> None:
 
 def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """Transformer and VAE of SD3.5 Medium with random weights, without text encoders."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = SD3Transformer2DModel(**MEDIUM).to(dtype).requires_grad_(False).eval()
-        vae = AutoencoderKL(**VAE).requires_grad_(False).eval()
+    # torch's own initialisation would take twice the memory, in float32, and some minutes.
+    with torch.device("meta"):
+        transformer, vae = SD3Transformer2DModel(**MEDIUM).to(dtype), AutoencoderKL(**VAE)
+    for network in (transformer, vae):
+        network.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+        network.requires_grad_(False).eval()
+        for x in (*network.parameters(), *network.buffers()):
+            x.normal_(std=0.02)
     parts = {**dict.fromkeys(sd35.PARTS), "transformer": transformer, "vae": vae}
     pipe = StableDiffusion3Pipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
@@ -437,16 +447,6 @@ def twice_the_images(trainer: Trainer) -> AbstractContextManager:
     return patch.object(trainer.model, "images_a_pass", 2 * trainer.model.images_a_pass)
 
 
-@contextmanager
-def channels_last(trainer: Trainer) -> Iterator[None]:
-    """The order of the VAE's weights in memory that convolutions on a GPU may like better."""
-    vae = trainer.model.pipe.vae.to(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        vae.to(memory_format=torch.contiguous_format)
-
-
 BOTH = ("rollout", "train")
 KERNELS = [getattr(SDPBackend, f"{name}_ATTENTION") for name in ("FLASH", "CUDNN", "EFFICIENT")]
 KERNELS.append(SDPBackend.MATH)
@@ -454,7 +454,6 @@ CHANGES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # with the phases that
     "torch.compile of the blocks": (compiled, BOTH),
     **{f"attention: {k.name.lower()}": (lambda _, k=k: sdpa_kernel(k), BOTH) for k in KERNELS},
     "twice the images in a pass": (twice_the_images, BOTH),  # as two models in one batch
-    "VAE channels-last": (channels_last, ("decode",)),
 }
 
 
@@ -465,7 +464,6 @@ def changes(args: Arguments) -> None:
     trained = partial(trainer.backward_group, 0, 0, TEXT, x0, advantages)
     phases: dict[str, Callable[[], list[Tensor]]] = {
         "rollout": lambda: [model.sample(TEXT, x0, args.num_inference_steps, args.guidance_scale)],
-        "decode": lambda: [model.decode(x0)],
         "train": lambda: gradients(trainer, trained),
     }
     unchanged = {name: [x.float() for x in work()] for name, work in phases.items()}

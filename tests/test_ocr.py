@@ -109,6 +109,20 @@ def test_each_picture_has_its_own_prompt(reward):
     assert reward(images, prompts) == [1, 1, 0]  # what was read before plays no part
 
 
+def test_a_picture_of_one_line_needs_no_looking_for_text(reward):
+    line = ocr.load("cpu", line=192)
+    targets = ["OPEN DAILY", "OPEN DALY", "NO EXIT", ""]
+    images = torch.stack([to_tensor(sign(t, size=52, side=384))[:, 144:240] for t in targets])
+    prompts = [{"prompt": "a sign that says 'OPEN DAILY'"}] * len(targets)
+    scores = line(images, prompts)
+    # The formula is the same, by hand: one letter of nine is missing, and nothing is like nothing.
+    assert scores == pytest.approx([1, 1 - 1 / 9, ocr.similarity("NOEXIT", "OPENDAILY"), 0])
+    assert reward(images[:2], prompts[:2]) == scores[:2]
+    # A recogniser alone cannot read two lines, which is why the option is one.
+    two = to_tensor(sign("OPEN", "DAILY"))[None]
+    assert line(two, prompts[:1])[0] < reward(two, prompts[:1])[0] == 1
+
+
 def test_its_packages_are_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidfuzz", None)
     with pytest.raises(rewards.RewardError, match="ocr: it needs `pip install rapidocr .*fuzz`$"):

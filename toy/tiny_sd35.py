@@ -6,6 +6,11 @@ The text encoders are random and stay so, the VAE is exact, and only the transfo
 from __future__ import annotations
 
 import json
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -25,16 +30,30 @@ from transformers import (
     T5TokenizerFast,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import dgpo  # noqa: E402
 
-def clip_tokenizer(texts: list[str], tokens: int) -> CLIPTokenizer:
-    """A tokenizer of at most so many tokens, whose words are those of the texts."""
+
+def clip_tokenizer(texts: list[str], tokens: int, spelt: bool = False) -> CLIPTokenizer:
+    """A tokenizer of at most so many tokens, whose words are those of the texts.
+
+    spelt: a character is a token, not a word.
+    """
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    if spelt:
+        characters = sorted(set("".join(texts).lower()))
+        pieces = [*special, *characters, *(f"{character}</w>" for character in characters)]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        return CLIPTokenizer(
+            vocab=vocabulary, merges=[], pad_token=special[1], model_max_length=tokens
+        )
     # Merges must be learnt: made by hand, they would split words and truncate prompts alike.
     learnt = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learnt.normalizer = normalizers.Lowercase()
     learnt.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        special_tokens=special,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
@@ -43,7 +62,7 @@ def clip_tokenizer(texts: list[str], tokens: int) -> CLIPTokenizer:
     return CLIPTokenizer(
         vocab=model["vocab"],
         merges=[tuple(merge) for merge in model["merges"]],
-        pad_token="<|endoftext|>",
+        pad_token=special[1],
         model_max_length=tokens,
     )
 
@@ -142,7 +161,7 @@ def clip_encoder(tokenizer: CLIPTokenizer, tokens: int, spread: float) -> nn.Mod
 
 def build(
     clip: CLIPTokenizer,
-    t5: T5TokenizerFast,
+    t5: T5TokenizerFast | None,
     *,
     side: int,
     cell: int,
@@ -155,14 +174,16 @@ def build(
 ) -> StableDiffusion3Pipeline:
     """An untrained pipeline of SD3.5's classes, with three text encoders, VAE and all.
 
+    t5: None leaves the third text encoder out, as SD3.5's pipeline allows: zeros stand for it.
     side: a picture's, in pixels. cell: that of a token of the transformer. tokens: of a prompt, at
     most, for each tokenizer. channels, scale: see `exact_vae`. width, layers: the transformer's.
     spread: see `clip_encoder`. The weights follow from torch's seed.
     """
     encoders = [clip_encoder(clip, tokens, spread) for _ in range(2)]
-    t5_config = T5Config(
-        vocab_size=len(t5), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
-    )
+    t5_encoder = None
+    if t5:
+        sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+        t5_encoder = T5EncoderModel(T5Config(vocab_size=len(t5), **sizes))
     transformer = SD3Transformer2DModel(
         sample_size=side // 2,
         patch_size=cell // 2,
@@ -186,7 +207,7 @@ def build(
         tokenizer=clip,
         text_encoder_2=encoders[1],
         tokenizer_2=clip,
-        text_encoder_3=T5EncoderModel(t5_config),
+        text_encoder_3=t5_encoder,
         tokenizer_3=t5,
     )
     for module in pipe.components.values():
@@ -194,6 +215,11 @@ def build(
             module.eval()  # T5 has dropout
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def t5_tokens(pipe: StableDiffusion3Pipeline) -> int:
+    """How many tokens T5 gives to the transformer: one of zeros if there is no T5."""
+    return pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 else 1
 
 
 @torch.no_grad()
@@ -204,7 +230,7 @@ def encode(pipe: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor, Te
         texts,
         texts,
         do_classifier_free_guidance=False,
-        max_sequence_length=pipe.tokenizer_3.model_max_length,
+        max_sequence_length=t5_tokens(pipe),
     )
     return embeds, pooled
 
@@ -214,3 +240,79 @@ def to_latents(pipe: StableDiffusion3Pipeline, images: Tensor) -> Tensor:
     """Latents (N, C, h, w), as the transformer sees them, of images (N, 3, H, W) in [0, 1]."""
     x0 = pipe.vae.encode(images * 2 - 1).latent_dist.mode()
     return (x0 - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+
+
+def pretrain(
+    pipe: StableDiffusion3Pipeline,
+    prompts: list[dict],
+    draw_prompt: Callable[[random.Random], dict],
+    draw: Callable[[list[dict], random.Random], Tensor],
+    *,
+    wrong: float,
+    steps: int,
+    batch: int,
+) -> Iterator[float]:
+    """Flow matching of the transformer on noisy captions. Yields the loss of each step.
+
+    prompts: all that may be drawn. draw_prompt: one at random. draw: latents (N, C, h, w) of N
+    prompts' pictures. wrong: the share of captions that are another picture's. A tenth are empty,
+    so that guidance can be used.
+    """
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    embeds, pooled = encode(pipe, ["", *(prompt["prompt"] for prompt in prompts)])
+    index = {prompt["prompt"]: i for i, prompt in enumerate(prompts, 1)}
+    optimizer = torch.optim.AdamW(pipe.transformer.parameters(), weight_decay=0.0)
+    averaged = [p.detach().clone() for p in pipe.transformer.parameters()]
+    pipe.transformer.train()
+    for step in range(steps):
+        warmup, decay = 50 * step / steps + 0.02, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, warmup) * decay
+        shown, other = ([draw_prompt(rng) for _ in range(batch)] for _ in range(2))
+        told = [b if rng.random() < wrong else a for a, b in zip(shown, other, strict=True)]
+        rows = [0 if rng.random() < 0.1 else index[prompt["prompt"]] for prompt in told]
+        x0 = draw(shown, rng)[:, None]
+        u, eps = torch.rand(batch, 1), torch.randn(x0.shape)
+        t = 3 * u / (1 + 2 * u)  # the shift of the sampler
+        v = pipe.transformer(
+            dgpo.diffuse(x0, eps, t)[:, 0],
+            encoder_hidden_states=embeds[rows],
+            pooled_projections=pooled[rows],
+            timestep=1000 * t[:, 0],
+            return_dict=False,
+        )[0]
+        loss = dgpo.dsm_loss(v[:, None], x0, eps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(pipe.transformer.parameters(), 1.0)
+        optimizer.step()
+        dgpo.ema_update(averaged, pipe.transformer.parameters(), 0.99)
+        yield loss.item()
+    with torch.no_grad():
+        for parameter, value in zip(pipe.transformer.parameters(), averaged, strict=True):
+            parameter.copy_(value)
+    pipe.transformer.eval()
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusion3Pipeline, prompts: list[dict], seed: int, guidance: float, steps: int
+) -> Tensor:
+    """A picture of each prompt (N, 3, H, W) in [0, 1], with the pipeline's own sampler."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, half = pipe.transformer.config.in_channels, pipe.transformer.config.sample_size
+    noise = torch.randn(len(prompts), channels, half, half, generator=generator)
+    images = []
+    for i in range(0, len(prompts), 48):
+        output = pipe(
+            [prompt["prompt"] for prompt in prompts[i : i + 48]],
+            latents=noise[i : i + 48],
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            height=2 * half,
+            width=2 * half,
+            max_sequence_length=t5_tokens(pipe),
+            output_type="pt",
+        )
+        images.append(output.images)
+    return torch.cat(images)
