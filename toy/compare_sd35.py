@@ -1,0 +1,355 @@
+"""The family on the worlds of SD3.5's own classes: `python toy/compare_sd35.py`.
+
+Figs. 3, 4 and 5 of the paper, by the trainer of train_sd35.py: the same pipeline, LoRA, rollouts,
+rewards and optimiser, and randomness by (seed, what for, step, prompt, sample). Only the noise of a
+rollout and the gradient differ by method, see `Family`; DGPO is the trainer's own step.
+
+Every method is searched for alike: so many settings on one seed and an eighth of the budget, the
+best of these on more, and what is best runs on fresh seeds, which alone are reported. --full goes
+through PASSES, a search of few settings and then one of more, and keeps every finished run in
+toy/results/<world>-family.json: stop it with Ctrl-C whenever you like, call it again to go on, and
+--table shows what there is. Without flags, what was chosen runs again for an eighth of the budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import figures
+import matplotlib.pyplot as plt
+from family_sd35 import ROOT, WORLDS, Evaluation, Run, Setting, run_setting
+from report_sd35 import SEEDS, WORKS, Report, Search, Tried, page
+from search import Dial, Range
+
+import cli
+from cli import Fault, option
+
+VERSION = 1  # of what a run means
+FRESH_SEEDS, TUNING_SEEDS, CHECK_SEED = tuple(range(SEEDS)), (100, 101), 20
+# How many settings are tried, and the rungs: seeds, share of the budget, how many go on.
+PASSES = {
+    2: ((1, 1 / 8, 1),),
+    6: ((1, 1 / 8, 2), (1, 1 / 2, 1)),
+    12: ((1, 1 / 8, 4), (1, 1 / 2, 2), (2, 1.0, 1)),
+}
+
+
+# What is tried.
+
+
+class Method(NamedTuple):
+    fixed: Setting
+    dials: dict[str, Dial]
+
+
+COMMON: dict[str, Dial] = {
+    "learning_rate": Range(5e-4, 5e-3),
+    "kl": Range(0.01, 0.3),
+    "prompts_per_step": (4, 8),
+    "num_inference_steps": (5, 10),
+    "updates_per_rollout": (1, 2, 4),
+}
+DENOISING: dict[str, Dial] = {**COMMON, "t_min": (0.2, 0.6), "train_timesteps": (1, 2, 4)}
+EXTREMES: dict[str, Dial] = {"train_samples": (2, 4, None)}
+BETA: dict[str, Dial] = {"beta": Range(1, 100)}
+CHEAP = {"num_inference_steps": 5, "updates_per_rollout": 2}
+CHEAP |= {"train_timesteps": 2, "train_samples": 4}
+NOISE = {"sde_noise": Range(0.3, 1.0), "trained_share": (0.5, 1.0), "clip": (0.2, 1.0)}
+METHODS = {
+    "DGPO": Method({}, DENOISING | BETA),
+    "DGPO with dials": Method(
+        {"train_samples": 4, "bound": 2.0, "updates_per_rollout": 2},
+        DENOISING | BETA | EXTREMES | {"bound": (1.0, 2.0, 4.0)},
+    ),
+    "Flow-GRPO": Method(
+        {"method": "Flow-GRPO", "sde_noise": 0.7, "kl": 0.01, "clip": 0.2},
+        COMMON | EXTREMES | NOISE | {"kl": Range(1e-3, 0.1)},
+    ),
+    "DiffusionNFT": Method(
+        {"method": "NFT", "beta": 1.0}, DENOISING | EXTREMES | {"beta": Range(0.1, 10)}
+    ),
+    "Diffusion-DPO": Method({"train_samples": 2}, DENOISING | BETA),
+}
+VARIANTS = {  # of the setting that was chosen for another method
+    "DGPO offline": ("DGPO", {"offline": True}),
+    "DGPO, SDE rollouts": ("DGPO", {"sde_noise": 0.7}),
+    "DGPO, t_min 0": ("DGPO", {"t_min": 0.0}),
+    "DGPO, t_min 0.6": ("DGPO", {"t_min": 0.6}),
+}
+MAIN = ("DGPO with dials", "Flow-GRPO", "DGPO", "DiffusionNFT")
+ORDER = [("words", name) for name in MAIN] + [("shapes", name) for name in MAIN]
+ORDER += [("words", name) for name in ("Diffusion-DPO", *VARIANTS)]
+
+
+def tried(name: str, n: int) -> list[Setting]:
+    """The default, the same with what makes a step cheap, and others at random.
+
+    A dial has the same luck for every method, and the first settings do not depend on n.
+    """
+    fixed, dials = METHODS[name]
+    found = [fixed, fixed | {dial: CHEAP[dial] for dial in CHEAP if dial in dials}]
+    for i in range(n - len(found)):
+        row = {}
+        for dial, among in dials.items():
+            u = random.Random(f"{i} {dial}").random()
+            row[dial] = among.at(u) if isinstance(among, Range) else among[int(u * len(among))]
+        found.append(fixed | row)
+    return found
+
+
+# Finished runs.
+
+
+class Missing(Fault):
+    """Runs that are not kept, where nothing is to be computed."""
+
+
+def digest(world: str) -> str:
+    """Which pipeline a world's runs began with. Raises Fault if there is none."""
+    folder = ROOT / "toy" / "out" / world
+    weights = sorted(folder.glob("transformer/*.safetensors"))
+    if not weights:
+        raise Fault(f"there is no pipeline in {folder}; run `python toy/{world}.py` first")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
+
+
+def end_with_parent() -> None:
+    """Makes this process end when the one that has started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+class Results:
+    """One JSON file a world, written aside and renamed after every run.
+
+    Runs may be asked for by several threads. They are computed a core each, and one only once.
+    """
+
+    def __init__(self, out: Path, compute: bool = True, keep: bool = True):
+        self.out, self.compute, self.keep = out, compute, keep
+        self.kept: dict[str, dict] = {}
+        self.running: dict[str, Future] = {}
+        self.lock = threading.RLock()
+        cores = len(os.sched_getaffinity(0))
+        self.pool = ProcessPoolExecutor(cores, initializer=end_with_parent) if compute else None
+
+    def load(self, world: str) -> dict:
+        """{"version", "pipeline", "runs"} of a world. Raises Fault at what it cannot go on with."""
+        if world not in self.kept:
+            path = self.out / f"{world}-family.json"
+            kept = cli.read_json(path) or {"version": VERSION, "pipeline": None, "runs": {}}
+            aside = f"move {path} away, or give another --out"
+            if kept.get("version") != VERSION:
+                raise Fault(f"the runs in {path} are of another version; {aside}")
+            if self.compute:
+                now = digest(world)
+                if (kept["pipeline"] or now) != now and self.keep:
+                    raise Fault(f"the runs in {path} began with another pipeline; {aside}")
+                kept["pipeline"] = now
+            self.kept[world] = kept
+        return self.kept[world]
+
+    def run(self, world: str, setting: Setting, seed: int, budget: int) -> Run:
+        """A run of this budget, or the beginning of a longer one. Raises Missing."""
+        key, goal = json.dumps([setting, seed], sort_keys=True), WORLDS[world].goal
+        with self.lock:
+            found = self.load(world)["runs"].get(key)
+            if found and found["budget"] >= budget:
+                seen = [Evaluation(*row) for row in found["evaluations"]]
+                return Run(found["budget"], seen).until(budget, goal)
+            if self.pool is None:
+                raise Missing(f"not finished yet: {world}, {key}")
+            name = f"{world} {key} {budget}"
+            if name not in self.running:
+                self.running[name] = self.pool.submit(run_setting, world, setting, seed, budget)
+            future = self.running[name]
+        evaluations = future.result()
+        with self.lock:
+            kept = self.load(world)
+            if kept["runs"].get(key, {"budget": 0})["budget"] < budget:
+                kept["runs"][key] = {"budget": budget, "evaluations": evaluations}
+                text = json.dumps(kept, separators=(",", ":"))
+                if self.keep:
+                    path = self.out / f"{world}-family.json"
+                    cli.replace_file(path, lambda new: new.write_text(text))
+                end = evaluations[-1]
+                print(f"{world}: {key}: {end.cost} forwards, {end.accuracy:.3f}", flush=True)
+        return Run(budget, evaluations).until(budget, goal)
+
+    def runs(self, world: str, tasks: list[tuple[Setting, int]], budget: int) -> list[Run]:
+        """Those of several settings and seeds, side by side."""
+        if self.pool is None:
+            return [self.run(world, *task, budget) for task in tasks]
+        with ThreadPoolExecutor(len(tasks)) as threads:
+            return list(threads.map(lambda task: self.run(world, *task, budget), tasks))
+
+
+# The search, and the report.
+
+
+def order(world: str, runs: list[Run]) -> tuple[float, float]:
+    """Less is better: the mean cost to arrive, then how far from the goal the runs end."""
+    n, goal = len(runs), WORLDS[world].goal
+    close = sum(min(run.end.accuracy, goal) for run in runs) / n
+    return sum(run.restricted() for run in runs) / n, -close
+
+
+def search(results: Results, world: str, name: str, n: int) -> Search:
+    """Successive halving. Raises Missing."""
+    settings, work = tried(name, n), 0
+    for seeds, share, go_on in PASSES[n]:
+        tasks = [(setting, seed) for setting in settings for seed in TUNING_SEEDS[:seeds]]
+        runs = results.runs(world, tasks, round(share * WORLDS[world].budget))
+        rows = [runs[i : i + seeds] for i in range(0, len(runs), seeds)]
+        if len(settings) == n:
+            work = sum(way(world, row[0]) >= WORKS for row in rows)
+        ranked = sorted(range(len(rows)), key=lambda i: order(world, rows[i]))  # noqa: B023
+        settings = [settings[i] for i in ranked[:go_on]]
+    return Search(settings[0], n, work)
+
+
+def way(world: str, run: Run) -> float:
+    """How far a run came from the base (0) to the goal (1)."""
+    base = run.evaluations[0].accuracy
+    return (run.end.accuracy - base) / (WORLDS[world].goal - base)
+
+
+def chosen(results: Results, world: str, name: str, n: int) -> Search:
+    """What a search of n settings has found, or for a variant, what it is of with its change."""
+    if name in METHODS:
+        return search(results, world, name, n)
+    of, change = VARIANTS[name]
+    found = search(results, world, of, n)
+    return found._replace(best=found.best | change, of=of)
+
+
+def measure(results: Results, world: str, name: str, n: int) -> None:
+    best = chosen(results, world, name, n).best
+    results.runs(world, [(best, seed) for seed in FRESH_SEEDS], WORLDS[world].budget)
+
+
+def first_rung(results: Results, world: str) -> list[Tried]:
+    """All settings that a search has tried, as far as they are kept."""
+    budget, found = round(WORLDS[world].budget / 8), []
+    for name in METHODS:
+        for setting in tried(name, max(PASSES)):
+            with contextlib.suppress(Missing):
+                run = results.run(world, setting, TUNING_SEEDS[0], budget)
+                found.append(Tried(name, setting, run))
+    return found
+
+
+def reports(results: Results, world: str) -> tuple[dict[str, Report], list[str]]:
+    """By method, after the largest search that is finished; and what is missing."""
+    found, missing = {}, []
+    for name in dict.fromkeys(name for of, name in ORDER if of == world):
+        for n in sorted(PASSES, reverse=True):
+            try:
+                about = chosen(results, world, name, n)
+            except Missing:
+                continue
+            runs = []
+            for seed in FRESH_SEEDS:
+                with contextlib.suppress(Missing):
+                    runs.append(results.run(world, about.best, seed, WORLDS[world].budget))
+            if runs:
+                found[name] = Report(about, runs)
+                break
+        if name not in found:
+            missing.append(f"{name} in {world}")
+        elif len(found[name].runs) < len(FRESH_SEEDS):
+            missing.append(f"the other seeds of {name} in {world}")
+    return found, missing
+
+
+@dataclasses.dataclass
+class Options:
+    """Compares DGPO with its family on SD3.5's own classes; see toy/results/sd35.md."""
+
+    full: bool = option(
+        False,
+        "Search and report, in both worlds: up to six hours on two cores if nothing is kept. Stop "
+        "it at any time: what is finished is kept, and the next call goes on.",
+    )
+    table: bool = option(False, "Compute nothing: the table and the figure of what is kept.")
+    worlds: list[str] = option(list(WORLDS), "The worlds to run in.", choices=tuple(WORLDS))
+    out: str = option(
+        str(Path(__file__).parent / "results"), "The results' folder.", shown="toy/results"
+    )
+
+
+def full(results: Results, worlds: list[str]) -> None:
+    """All passes: in each the searches, then the reports, as many at a time as there are cores."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
+    for world in worlds:
+        results.load(world)  # raises before anything runs
+    mine = [job for job in ORDER if job[0] in worlds]
+    jobs = [(work, *job, n) for n in PASSES for work in (chosen, measure) for job in mine]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        try:
+            for done in [threads.submit(work, results, *job) for work, *job in jobs]:
+                done.result()
+        except BaseException as end:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            results.pool.shutdown(cancel_futures=True)
+            if isinstance(end, CancelledError | BrokenProcessPool):
+                raise KeyboardInterrupt from None
+            raise
+
+
+def check(results: Results, world: str) -> str:
+    """What was chosen, or else the default, on another seed, beside what was reported."""
+    budget, rows = WORLDS[world].budget // 8, []
+    found, _ = reports(Results(results.out, compute=False), world)
+    best = {
+        name: found[name].search.best if name in found else METHODS[name].fixed for name in MAIN
+    }
+    runs = results.runs(world, [(setting, CHECK_SEED) for setting in best.values()], budget)
+    for name, run in zip(best, runs, strict=True):
+        before = [kept.at(budget).accuracy for kept in found[name].runs] if name in found else []
+        shown = f"{sum(before) / len(before):.3f}" if before else "-"
+        base = run.evaluations[0].accuracy
+        rows.append([name, f"{base:.3f}", f"{run.end.accuracy:.3f}", shown])
+    return figures.table([f"in {world}", "base", f"now, at {budget:,} forwards", "reported"], rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = cli.parse(Options, sys.argv[1:] if argv is None else argv)
+    out = cli.make_folder(args.out, "out")
+    plt.switch_backend("agg")
+    if not (args.full or args.table):
+        results = Results(out, keep=False)
+        print("\n\n".join(check(results, world) for world in args.worlds))
+        return
+    try:
+        if args.full:
+            full(Results(out), args.worlds)
+    finally:
+        kept = Results(out, compute=False)
+        about = {world: reports(kept, world) for world in WORLDS}
+        found = {world: by_method for world, (by_method, _) in about.items() if by_method}
+        missing = [what for _, absent in about.values() for what in absent]
+        rungs = {world: first_rung(kept, world) for world in WORLDS}
+        text = page(out, found, rungs, missing)
+        cli.replace_file(out / "sd35.md", lambda path: path.write_text(text))
+        print(text)
+
+
+if __name__ == "__main__":
+    cli.run("compare_sd35.py", main)
