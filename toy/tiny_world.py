@@ -109,8 +109,12 @@ def run(
 
     out, loras = Path(args.out), [Path(lora) for lora in args.lora]
     if loras:
-        load = StableDiffusion3Pipeline.from_pretrained
-        pipe = tried(f"argument --out: cannot use {out}", load, out, dtype=torch.float32)
+        load, index = (
+            StableDiffusion3Pipeline.from_pretrained,
+            cli.read_json(out / "model_index.json"),
+        )
+        absent = {name: None for name, part in index.items() if part == [None, None]}  # no T5
+        pipe = tried(f"argument --out: cannot use {out}", load, out, dtype=torch.float32, **absent)
         pipe.set_progress_bar_config(disable=True)
     else:
         pipe = build()
