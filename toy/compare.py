@@ -338,7 +338,9 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as {PENALTY} budgets. The
   last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the
   best lies is widened and searched again, as the table says.
-- **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3."""
+- **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3.
+
+The same family in the trainer itself, on SD3.5's own classes: [sd35.md](sd35.md)."""
 
 FAMILY = """What becomes of one sample as v moves away from v_old, by the functions that train.
 With e = v_old - v* and d = v - v_old, the loss is, up to a constant,
