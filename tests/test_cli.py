@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import compare
 import flow2d
+import kept
 import pytest
 import shapes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -255,7 +255,7 @@ def draws(script, *flags):
 
 def keeps(folder, monkeypatch):
     """What compare.py does with a run that is finished."""
-    results = compare.Results(folder)
+    results = kept.Results(folder)
     results.kept["ring-2"] = {}
     cli.run("compare.py", lambda: results.add("ring-2", "a run", {"seconds": 1.0}))
 

@@ -10,11 +10,14 @@ from pathlib import Path
 import compare
 import figures
 import flow2d
+import kept
 import methods
 import pytest
 import search
 import sweeps
 from methods import BUDGET, Evaluation, Run, Setting
+
+import cli
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "toy" / "results"
@@ -200,9 +203,9 @@ def test_a_sweep_changes_one_thing():
     chosen = {name: Setting("ring-2", m.name, **m.fixed) for name, m in search.METHODS.items()}
     for sweep in sweeps.SWEEPS.values():
         for name, setting in sweep.changes(chosen).items():
-            fields = compare.changed_fields(setting)
+            fields = kept.changed_fields(setting)
             changed = [
-                len(fields.items() ^ compare.changed_fields(c).items()) for c in chosen.values()
+                len(fields.items() ^ kept.changed_fields(c).items()) for c in chosen.values()
             ]
             assert min(changed) <= 4, name  # of both, and of what goes with it
 
@@ -216,7 +219,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "COMPARED", {"ring-2": ("DGPO", "DGPO with dials")})
     monkeypatch.setattr(compare, "EXPERIMENTS", ("methods",))
     monkeypatch.setattr(compare, "FRESH_SEEDS", (0, 1))
-    monkeypatch.setattr(compare, "BUDGET", 20_000)
+    monkeypatch.setattr(methods, "BUDGET", 20_000)
     monkeypatch.setattr(flow2d, "PRETRAINING_STEPS", 30)
     for name, value in {
         "DRAWN": 1,
@@ -236,22 +239,20 @@ def test_a_comparison_continues_where_it_was_stopped(small, capsys, monkeypatch)
     assert "| ring-2 | DGPO with dials | " in written and written.startswith("# The family")
     assert all((small / f"{name}.png").stat().st_size > 10_000 for name in ("speed", "cost"))
 
-    kept = json.loads((small / "ring-2.json").read_text())
-    lost = list(kept["runs"])[-1]
-    del kept["runs"][lost]
-    (small / "ring-2.json").write_text(json.dumps(kept))
+    stored = json.loads((small / "ring-2.json").read_text())
+    lost = list(stored["runs"])[-1]
+    del stored["runs"][lost]
+    (small / "ring-2.json").write_text(json.dumps(stored))
     compare.main([*command, "--table"])
     assert "goes on with: DGPO with dials in ring-2." in (small / "README.md").read_text()
     check = ["--out", str(small), "--worlds", "ring-2", "--methods", "DGPO with dials"]
-    with pytest.raises(
-        compare.cli.Fault, match="^none of these methods was searched for in ring-2"
-    ):
+    with pytest.raises(cli.Fault, match="^none of these methods was searched for in ring-2"):
         compare.main(check)
 
     ran = []
-    original = compare.Results.add
+    original = kept.Results.add
     monkeypatch.setattr(
-        compare.Results,
+        kept.Results,
         "add",
         lambda self, world, key, found: ran.append(key) or original(self, world, key, found),
     )
@@ -273,20 +274,20 @@ def test_a_comparison_continues_where_it_was_stopped(small, capsys, monkeypatch)
 )
 def test_a_damaged_or_old_file_is_moved_aside(text, reason, tmp_path, capsys):
     (tmp_path / "ring-2.json").write_text(text)
-    with pytest.raises(compare.cli.Fault, match=f"ring-2.json is {reason}; run --full to compute"):
-        compare.Results(tmp_path, compute=False).load("ring-2")
-    assert compare.Results(tmp_path).load("ring-2") == {}
+    with pytest.raises(cli.Fault, match=f"ring-2.json is {reason}; run --full to compute"):
+        kept.Results(tmp_path, compute=False).load("ring-2")
+    assert kept.Results(tmp_path).load("ring-2") == {}
     assert f"ring-2.json is {reason}: moved to " in capsys.readouterr().out
     (aside,) = tmp_path.iterdir()
     assert aside.read_text() == text and aside.name != "ring-2.json"
 
 
 def test_two_comparisons_in_one_folder_keep_each_others_runs(tmp_path):
-    one, other = compare.Results(tmp_path), compare.Results(tmp_path)
+    one, other = kept.Results(tmp_path), kept.Results(tmp_path)
     one.kept["blobs"], other.kept["blobs"] = {}, {}
     one.add("blobs", "a", {"seconds": 1.0})
     other.add("blobs", "b", {"seconds": 2.0})
-    assert set(compare.Results(tmp_path).load("blobs")) == {"a", "b"}
+    assert set(kept.Results(tmp_path).load("blobs")) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -302,7 +303,7 @@ def test_two_comparisons_in_one_folder_keep_each_others_runs(tmp_path):
 )
 def test_bad_flags_end_with_one_line(flags, message, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(compare.cli.Fault) as stop:
+    with pytest.raises(cli.Fault) as stop:
         compare.main(flags.format(tmp_path).split())
     assert str(stop.value).startswith(message) and "\n" not in str(stop.value)
 
@@ -311,25 +312,27 @@ def test_bad_flags_end_with_one_line(flags, message, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def kept():
-    return compare.Comparison(compare.Results(KEPT, compute=False), KEPT, draw=False)
+def comparison():
+    return compare.Comparison(kept.Results(KEPT, compute=False), KEPT, draw=False)
 
 
-def measured(kept):
+def measured(comparison):
     """The worlds and methods whose search and report are kept; those of the sweeps are."""
     pairs = [(world, name) for world, names in compare.COMPARED.items() for name in names]
-    there = [pair for pair in pairs if kept.measured(lambda p=pair: kept.reported(*p), "")]
+    there = [
+        pair for pair in pairs if comparison.measured(lambda p=pair: comparison.reported(*p), "")
+    ]
     assert {(world, name) for world in ("ring-2", "blobs") for name in compare.MAIN} <= set(there)
     return there
 
 
-def test_the_tables_are_those_of_the_kept_results(kept):
-    sections = [part for name in compare.EXPERIMENTS for part in kept.sections(name)]
-    assert (KEPT / "README.md").read_text() == compare.page(sections, kept.missing)
+def test_the_tables_are_those_of_the_kept_results(comparison):
+    sections = [part for name in compare.EXPERIMENTS for part in comparison.sections(name)]
+    assert (KEPT / "README.md").read_text() == compare.page(sections, comparison.missing)
     assert all((KEPT / part.picture).exists() for part in sections if part.picture)
 
 
-def test_the_scripts_default_is_among_those_tried(kept):
+def test_the_scripts_default_is_among_those_tried(comparison):
     """run_2d.py's, as its --help says: no plain setting of this repository was left out."""
     command = [sys.executable, str(ROOT / "toy" / "run_2d.py"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -340,22 +343,22 @@ def test_the_scripts_default_is_among_those_tried(kept):
     for flag, field in {**names, "train_timesteps": "timesteps"}.items():
         said = re.search(rf"--{flag.replace('_', '[-_]')} [A-Z].*?default: ([\d.e-]+)\)", text)
         default[field] = float(said[1])
-    for world, name in measured(kept):
-        tried = kept.search(world, name).tried
+    for world, name in measured(comparison):
+        tried = comparison.search(world, name).tried
         own = dataclasses.asdict(Setting(world, "", **search.METHODS[name].fixed)) | default
         assert any(
             all(getattr(setting, field) == own[field] for field in default) for setting in tried
         ), (world, name)
 
 
-def test_a_chosen_setting_is_at_no_edge_or_the_table_says_so(kept):
+def test_a_chosen_setting_is_at_no_edge_or_the_table_says_so(comparison):
     """And the report is of that setting, on ten seeds that no search has seen."""
     page = (KEPT / "README.md").read_text()
     assert (
         not set(compare.FRESH_SEEDS) & set(search.TUNING_SEEDS) and len(compare.FRESH_SEEDS) == 10
     )
-    for world, name in measured(kept):
-        found = kept.search(world, name)
+    for world, name in measured(comparison):
+        found = comparison.search(world, name)
         (line,) = [
             line
             for line in page.split("## What they chose")[1].split("\n## ")[0].splitlines()
@@ -363,4 +366,4 @@ def test_a_chosen_setting_is_at_no_edge_or_the_table_says_so(kept):
         ]
         edges = line.split(" | ")[-1].removesuffix(" |")
         assert edges == (", ".join(found.edges) or "-")
-        assert len(kept.reported(world, name)) == 10
+        assert len(comparison.reported(world, name)) == 10

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import itertools
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,131 +31,27 @@ if __name__ == "__main__":
 import figures
 import matplotlib.pyplot as plt
 import sweeps
+from kept import Missing, Results, changed_fields
 from methods import (
     AT_LEAST,
     BUDGET,
+    BUDGETS,
     FOLLOWED,
     RIGHT,
     WAY,
-    Evaluation,
     Run,
     Setting,
-    pretrained,
-    run_setting,
 )
-from search import AROUND, DRAWN, DRAWN_LATER, METHODS, RUNGS, TUNING_SEEDS, Search, search
-from tqdm import tqdm
-
-VERSION = 3  # of what a run means; results of another version are computed again
+from search import AROUND, DRAWN, METHODS, PENALTY, ROUNDS, RUNGS, Search, search
 
 FRESH_SEEDS = tuple(range(10))
 SWEEP_SEEDS = FRESH_SEEDS[:4]
 
 
-class Missing(cli.Fault):
-    """Runs that are not kept, where nothing is to be computed."""
-
-
-class Results:
-    """Finished runs, one JSON file a world, written aside and renamed after every run."""
-
-    def __init__(self, folder: Path, compute: bool = True, keep: bool = True):
-        self.folder, self.compute, self.keep = folder, compute, keep
-        self.kept: dict[str, dict[str, dict]] = {}
-        self.references: dict[tuple[str, int], Future] = {}
-        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-        self.pool = ProcessPoolExecutor(os.cpu_count(), **quiet)  # at Ctrl-C, no tracebacks
-
-    def load(self, world: str) -> dict[str, dict]:
-        path = self.folder / f"{world}.json"
-        if not path.exists():
-            return {}
-        try:
-            stored = json.loads(path.read_text() if path.is_file() else "")
-            if stored["version"] == VERSION:
-                return stored["runs"]
-            reason = f"of version {stored['version']}, not {VERSION}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            reason = "damaged"
-        if not (self.compute and self.keep):
-            raise cli.Fault(f"{path} is {reason}; run --full to compute it again")
-        aside = path.with_suffix(f".{time.time_ns()}.json")
-        os.replace(path, aside)
-        print(f"{path.name} is {reason}: moved to {aside.name}, and computed again")
-        return {}
-
-    def add(self, world: str, key: str, found: dict) -> None:
-        if not self.keep:
-            self.kept[world][key] = found
-            return
-        # Another comparison may have written to the file since it was read.
-        self.kept[world] = {**self.load(world), **self.kept[world], key: found}
-        text = json.dumps({"version": VERSION, "runs": self.kept[world]}, separators=(",", ":"))
-        cli.replace_file(self.folder / f"{world}.json", lambda path: path.write_text(text))
-
-    def run(self, title: str, world: str, tasks: list[tuple]) -> list[dict]:
-        """What the tasks (function, seed, ...) return. What is missing is computed, a core a task.
-
-        A task is called as function(reference, seed, ...), and returns a dataclass or a dict.
-        """
-        if world not in self.kept:
-            self.kept[world] = self.load(world)
-        keys = [json.dumps([task[0].__name__, *task[1:]], default=changed_fields) for task in tasks]
-        missing = {k: t for k, t in zip(keys, tasks, strict=True) if k not in self.kept[world]}
-        if missing and not self.compute:
-            raise Missing(f"not finished yet: {len(missing)} runs of {title} in {world}")
-        for seed in sorted({seed for _, seed, *_ in missing.values()}):
-            if (world, seed) not in self.references:
-                self.references[world, seed] = self.pool.submit(pretrained, world, seed)
-        progress = tqdm(desc=f"{world}: {title}", total=len(missing), disable=not missing)
-        try:
-            futures = {}
-            for key, (function, seed, *rest) in missing.items():
-                reference = self.references[world, seed].result()
-                futures[self.pool.submit(function, reference, seed, *rest)] = key
-            for future in as_completed(futures):
-                key, found = futures[future], future.result()
-                if isinstance(found, Run):
-                    if missing[key][1] in TUNING_SEEDS:  # a search looks at the ends alone
-                        found.evaluations = [found.evaluations[0], found.end]
-                    found = dataclasses.asdict(found)
-                self.add(world, key, found)
-                progress.update()
-        except KeyboardInterrupt:
-            progress.close()
-            self.pool.shutdown(cancel_futures=True)
-            raise
-        progress.close()
-        return [self.kept[world][key] for key in keys]
-
-    def runs(
-        self,
-        title: str,
-        settings: list[Setting],
-        seeds: tuple[int, ...],
-        share: float = 1.0,
-        followed: float = FOLLOWED,
-    ) -> list[list[Run]]:
-        """The runs of settings of one world, by setting and seed, for a share of BUDGET."""
-        how = (share * BUDGET,) if followed == FOLLOWED else (share * BUDGET, followed)
-        tasks = [(run_setting, seed, setting, *how) for setting in settings for seed in seeds]
-        found = [
-            Run(**{**kept, "evaluations": [Evaluation(*row) for row in kept["evaluations"]]})
-            for kept in self.run(title, settings[0].world, tasks)
-        ]
-        return [found[i : i + len(seeds)] for i in range(0, len(found), len(seeds))]
-
-
-def changed_fields(setting: Setting) -> dict:
-    """What is not at its default: the name of a setting in the kept results."""
-    defaults = dataclasses.asdict(Setting("", ""))
-    return {k: v for k, v in dataclasses.asdict(setting).items() if v != defaults[k]}
-
-
-COMPARED = {world: tuple(METHODS) for world in ("ring-2", "blobs", "ring-32", "ring-128")}
+MOST = ("DGPO", "DGPO with dials", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
+COMPARED = {"ring-2": (*MOST, "AWM", "GPO"), "blobs": MOST, "ring-32": MOST, "ring-128": MOST[:4]}
 MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")  # what sweeps are around, and the check is of
-FIRST_WORLDS = ("ring-2", "blobs")  # what is chosen there is tried in the others, too
-LARGE, LIKE = "ring-512", "ring-128"  # a world too slow to search in takes another's settings
+LARGE, LIKE = ("ring-128", "ring-512"), "ring-32"  # larger worlds take this one's settings
 
 
 class Section(NamedTuple):
@@ -179,8 +72,8 @@ class Comparison:
 
     def search(self, world: str, name: str) -> Search:
         if (world, name) not in self.searches:
-            first = () if world in FIRST_WORLDS else FIRST_WORLDS
-            elsewhere = [self.search(w, name).best for w in first if name in COMPARED[w]]
+            before = itertools.takewhile(lambda earlier: earlier != world, COMPARED)
+            elsewhere = [self.search(earlier, name).best for earlier in before]
             self.searches[world, name] = search(self.results.runs, world, name, elsewhere)
         return self.searches[world, name]
 
@@ -258,19 +151,18 @@ class Comparison:
         ]
 
     def transfer(self) -> list[Section]:
-        changes = {
-            name: dataclasses.replace(setting, world=LARGE)
-            for name, setting in self.chosen(LIKE).items()
-            if name in MAIN
-        }
-        found = self.changed("transfer", changes, SWEEP_SEEDS)
-        rows = [[name, *figures.run_row(LARGE, runs)] for name, runs in found.items()]
-        text = figures.table(["method", *figures.RUN_HEADER], rows)
-        return [Section(f"{LARGE}, at the settings chosen in {LIKE}", text)]
+        rows = []
+        for world in LARGE:
+            chosen = self.chosen(LIKE).items()
+            changes = {name: dataclasses.replace(one, world=world) for name, one in chosen}
+            found = self.changed("transfer", changes, SWEEP_SEEDS)
+            rows += [[world, name, *figures.run_row(world, runs)] for name, runs in found.items()]
+        text = figures.table(["world", "method", *figures.RUN_HEADER], rows)
+        return [Section(f"In more dimensions, at the settings chosen in {LIKE}", text)]
 
     def changes_of(self, name: str, world: str) -> dict[str, list[Run]]:
         changes, _, _, share, followed = sweeps.SWEEPS[name]
-        return self.changed(name, changes(sweeps.BASES[world]), SWEEP_SEEDS, share, followed)
+        return self.changed(name, changes(self.chosen(world)), SWEEP_SEEDS, share, followed)
 
     def sweep(self, name: str) -> list[Section]:
         _, worlds, text, _, _ = sweeps.SWEEPS[name]
@@ -436,18 +328,19 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   {RIGHT:.0%} of its samples right, which an independent judge says. It has arrived at the first
   cost from which on it is there in nine of ten evaluations, and in the last. It is followed to
   {FOLLOWED:g} times that cost, and at least to {AT_LEAST:.0%} of the budget, unless the budget of
-  {BUDGET:,} forwards ends before; then it must have been there for a sixth of the run.
+  {BUDGET:,} forwards ({BUDGETS["ring-128"]:,} in ring-128 and ring-512) ends before; then it must
+  have been there for a sixth of the run.
 - **Cost to arrive** is the restricted mean: the mean over seeds, a run that does not arrive
   counting as the whole budget. In brackets: its 95 % interval, a percentile bootstrap over seeds.
 - **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
-  scripts, the same with cheaper steps, what an earlier version of this comparison chose, {DRAWN}
-  settings drawn at random ({DRAWN_LATER} in ring-32 and ring-128, where what was chosen in ring-2
-  and blobs is tried) and {AROUND} more around the best, halved by the restricted mean
-  cost. The last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer
-  tenth the best lies is widened and searched again, as the table says. Of the searches' runs that
-  are kept here, one in thirty was stopped early, as its reward had fallen as far below the base as
-  the best is above it; a run is no longer stopped for that, as some come back.
-- **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3."""
+  scripts, the same with cheaper steps, what an earlier version of this comparison chose, what was
+  chosen in the worlds before, {DRAWN} settings drawn at random and {AROUND} around the best in each
+  of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as {PENALTY} budgets. The
+  last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the
+  best lies is widened and searched again, as the table says.
+- **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3.
+
+The same family in the trainer itself, on SD3.5's own classes: [sd35.md](sd35.md)."""
 
 FAMILY = """What becomes of one sample as v moves away from v_old, by the functions that train.
 With e = v_old - v* and d = v - v_old, the loss is, up to a constant,
@@ -464,7 +357,7 @@ With e = v_old - v* and d = v - v_old, the loss is, up to a constant,
 ON_THE_WAY = "The median over seeds; shaded are the quartiles. Dashed: where a run counts as there."
 
 SEARCHED = (
-    "All settings that were drawn at random, after a fifth of the budget on one seed. Up and to "
+    "All settings that were drawn at random, after two fifths of the budget on one seed. Up and to "
     "the right of the dashed lines a run is there."
 )
 

@@ -11,7 +11,7 @@ import methods
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from methods import BUDGET, RIGHT, WAY, Run, way
+from methods import RIGHT, WAY, Run, budget_in, way
 from torch import Tensor
 
 import cli
@@ -134,8 +134,8 @@ def at_costs(world: str, runs: list[Run], costs: Tensor) -> Tensor:
 def plot_speed(path: Path, found: Worlds) -> None:
     """The median way to the best reward against cost, a panel a world; shaded: the quartiles."""
     figure, axes = panels(list(found), 3.8)
-    costs = torch.logspace(4, math.log10(BUDGET), 80)
     for panel, (world, by_method) in zip(axes, found.items(), strict=True):
+        costs = torch.logspace(4, math.log10(budget_in(world)), 80)
         for name, runs in by_method.items():
             color, line, marker = STYLES[name]
             low, median, high = at_costs(world, runs, costs).quantile(
@@ -145,14 +145,14 @@ def plot_speed(path: Path, found: Worlds) -> None:
             panel.plot(costs, median, line + marker, markevery=12, **style)
             panel.fill_between(costs, low, high, color=color, alpha=0.15, lw=0)
         panel.axhline(WAY, color="black", ls="--", lw=1)
-        panel.set(xscale="log", xlim=(1e4, BUDGET), ylim=(-0.2, 1.3))
+        panel.set(xscale="log", xlim=(1e4, budget_in(world)), ylim=(-0.2, 1.3))
     save(figure, path, "cost, forwards of one sample", "way to the best data's reward", axes[0])
 
 
 def plot_cost(path: Path, found: Worlds) -> None:
     """The restricted mean cost of every method with its interval, and the share that arrive."""
     figure, axes = panels(list(found), 3.2)
-    for panel, by_method in zip(axes, found.values(), strict=True):
+    for panel, (world, by_method) in zip(axes, found.items(), strict=True):
         for i, (name, runs) in enumerate(by_method.items()):
             mean, low, high = interval([run.restricted() for run in runs])
             color, _, marker = STYLES[name]
@@ -163,7 +163,8 @@ def plot_cost(path: Path, found: Worlds) -> None:
             for name, runs in by_method.items()
         ]
         panel.set_yticks(range(len(by_method)), labels, fontsize=13)
-        panel.set(xscale="log", xlim=(1e4, 1.1 * BUDGET), ylim=(len(by_method) - 0.5, -0.5))
+        panel.set(xscale="log", xlim=(1e4, 1.1 * budget_in(world)))
+        panel.set_ylim(len(by_method) - 0.5, -0.5)
         panel.grid(axis="x", color="0.9")
     save(figure, path, "cost to arrive, forwards of one sample; a failure counts as all", "")
 

@@ -40,13 +40,18 @@ import dgpo
 EVALUATION_STEPS = 20  # of the ODE solver; rollouts take 10 or fewer, as the paper's do
 SAMPLES = 64  # points for each condition in an evaluation
 FIRST, APART = 10_000, 1.1  # evaluations are 10,000 forwards apart, and later 10 % of the cost
-BUDGET = 1_500_000  # forwards of a run that is reported
+BUDGETS = {"ring-128": 3_000_000, "ring-512": 3_000_000}  # forwards of a run that is reported, ...
+BUDGET = 1_500_000  # ... and in all other worlds
 WAY = 0.9  # there: this share of the way from the base reward to the best data's ...
 RIGHT = 0.8  # ... with this share of samples right, as the world's judge has it
 STAYS = 0.9  # arrived: there at the end, in this share of the evaluations until then, ...
 LONG = 1.2  # ... and until this many times the cost at which it got there
 FOLLOWED = 4.0  # a run that has arrived ends at this many times that cost ...
-AT_LEAST = 0.25  # ... and not before this share of BUDGET
+AT_LEAST = 0.25  # ... and not before this share of the world's budget
+
+
+def budget_in(world: str) -> int:
+    return BUDGETS.get(world, BUDGET)
 
 
 PAIRS = ("Diffusion-DPO", "SDPO")  # the methods that train on the two extremes of a group alone
@@ -472,7 +477,7 @@ def run_setting(
                 break
             found.evaluations.append(now)
             found.arrived = arrival(setting.world, found.evaluations)
-            end = max(followed * found.restricted(), AT_LEAST * BUDGET)
+            end = max(followed * found.restricted(), AT_LEAST * budget_in(setting.world))
             if cost >= min(end, budget):
                 break
     except ValueError:  # rewards no longer finite

@@ -1,0 +1,120 @@
+"""Finished runs of compare.py, kept in one JSON file a world, so that nothing is computed twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from methods import FOLLOWED, Evaluation, Run, Setting, budget_in, pretrained, run_setting
+from search import TUNING_SEEDS
+from tqdm import tqdm
+
+import cli
+
+VERSION = 4  # of what a run means; results of another version are computed again
+
+
+class Missing(cli.Fault):
+    """Runs that are not kept, where nothing is to be computed."""
+
+
+class Results:
+    """Finished runs, by world and key. A world's file is written anew after every run."""
+
+    def __init__(self, folder: Path, compute: bool = True, keep: bool = True):
+        self.folder, self.compute, self.keep = folder, compute, keep
+        self.kept: dict[str, dict[str, dict]] = {}
+        self.references: dict[tuple[str, int], Future] = {}
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+        self.pool = ProcessPoolExecutor(os.cpu_count(), **quiet)  # at Ctrl-C, no tracebacks
+
+    def load(self, world: str) -> dict[str, dict]:
+        path = self.folder / f"{world}.json"
+        if not path.exists():
+            return {}
+        try:
+            stored = json.loads(path.read_text() if path.is_file() else "")
+            if stored["version"] == VERSION:
+                return stored["runs"]
+            reason = f"of version {stored['version']}, not {VERSION}"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            reason = "damaged"
+        if not (self.compute and self.keep):
+            raise cli.Fault(f"{path} is {reason}; run --full to compute it again")
+        aside = path.with_suffix(f".{time.time_ns()}.json")
+        os.replace(path, aside)
+        print(f"{path.name} is {reason}: moved to {aside.name}, and computed again")
+        return {}
+
+    def add(self, world: str, key: str, found: dict) -> None:
+        if not self.keep:
+            self.kept[world][key] = found
+            return
+        # Another comparison may have written to the file since it was read.
+        self.kept[world] = {**self.load(world), **self.kept[world], key: found}
+        text = json.dumps({"version": VERSION, "runs": self.kept[world]}, separators=(",", ":"))
+        cli.replace_file(self.folder / f"{world}.json", lambda path: path.write_text(text))
+
+    def run(self, title: str, world: str, tasks: list[tuple]) -> list[dict]:
+        """What the tasks (function, seed, ...) return. What is missing is computed, a core a task.
+
+        A task is called as function(reference, seed, ...), and returns a dataclass or a dict.
+        """
+        if world not in self.kept:
+            self.kept[world] = self.load(world)
+        keys = [json.dumps([task[0].__name__, *task[1:]], default=changed_fields) for task in tasks]
+        missing = {k: t for k, t in zip(keys, tasks, strict=True) if k not in self.kept[world]}
+        if missing and not self.compute:
+            raise Missing(f"not finished yet: {len(missing)} runs of {title} in {world}")
+        for seed in sorted({seed for _, seed, *_ in missing.values()}):
+            if (world, seed) not in self.references:
+                self.references[world, seed] = self.pool.submit(pretrained, world, seed)
+        progress = tqdm(desc=f"{world}: {title}", total=len(missing), disable=not missing)
+        try:
+            futures = {}
+            for key, (function, seed, *rest) in missing.items():
+                reference = self.references[world, seed].result()
+                futures[self.pool.submit(function, reference, seed, *rest)] = key
+            for future in as_completed(futures):
+                key, found = futures[future], future.result()
+                if isinstance(found, Run):
+                    if missing[key][1] in TUNING_SEEDS:  # a search looks at the ends alone
+                        found.evaluations = [found.evaluations[0], found.end]
+                    found = dataclasses.asdict(found)
+                self.add(world, key, found)
+                progress.update()
+        except KeyboardInterrupt:
+            progress.close()
+            self.pool.shutdown(cancel_futures=True)
+            raise
+        progress.close()
+        return [self.kept[world][key] for key in keys]
+
+    def runs(
+        self,
+        title: str,
+        settings: list[Setting],
+        seeds: tuple[int, ...],
+        share: float = 1.0,
+        followed: float = FOLLOWED,
+    ) -> list[list[Run]]:
+        """The runs of settings of one world, by setting and seed, for a share of its budget."""
+        budget = share * budget_in(settings[0].world)
+        how = (budget,) if followed == FOLLOWED else (budget, followed)
+        tasks = [(run_setting, seed, setting, *how) for setting in settings for seed in seeds]
+        found = [
+            Run(**{**kept, "evaluations": [Evaluation(*row) for row in kept["evaluations"]]})
+            for kept in self.run(title, settings[0].world, tasks)
+        ]
+        return [found[i : i + len(seeds)] for i in range(0, len(found), len(seeds))]
+
+
+def changed_fields(setting: Setting) -> dict:
+    """What is not at its default: the name of a setting in the kept results."""
+    defaults = dataclasses.asdict(Setting("", ""))
+    return {k: v for k, v in dataclasses.asdict(setting).items() if v != defaults[k]}
