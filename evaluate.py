@@ -117,6 +117,8 @@ def read_arguments(argv: list[str]) -> Arguments:
 if __name__ == "__main__":
     cli.run("evaluate.py", lambda: read_arguments(sys.argv[1:]))
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
+
 import numpy as np
 import torch
 from accelerate import PartialState

@@ -278,7 +278,7 @@ WRITTEN = {  # the file that there is no room for, and who writes it
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeypatch, capsys):
     """What is written aside meets a device that is full; what was there before stays."""
     if name not in ("a.txt", "a.jsonl"):  # prompts.py writes nothing over
-        (tmp_path / name).write_bytes(b'{"version": 3, "runs": {}}')
+        (tmp_path / name).write_bytes(b'{"version": 4, "runs": {}}')
     before = {path.name for path in tmp_path.iterdir()}
     (tmp_path / f".{os.getpid()}-{name}").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as end:
@@ -288,7 +288,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeyp
     assert "No space left on device" in line
     assert {path.name for path in tmp_path.glob(f"*{name}*")} == before
     if before:
-        assert (tmp_path / name).read_bytes() == b'{"version": 3, "runs": {}}'
+        assert (tmp_path / name).read_bytes() == b'{"version": 4, "runs": {}}'
 
 
 def test_nothing_heavy_is_imported():

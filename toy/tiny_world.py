@@ -102,6 +102,7 @@ def run(
     right: 1 for a picture that is framed in black. drawn: pictures of `shown` as they should be,
     for a row that says what can be reached.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
     import tiny_sd35
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
