@@ -172,7 +172,7 @@ def build(
     layers: int = 2,
     spread: float = 3.0,
 ) -> StableDiffusion3Pipeline:
-    """An untrained pipeline of SD3.5's classes, with three text encoders, VAE and all.
+    """An untrained pipeline of SD3.5's classes, with its text encoders, VAE and all.
 
     t5: None leaves the third text encoder out, as SD3.5's pipeline allows: zeros stand for it.
     side: a picture's, in pixels. cell: that of a token of the transformer. tokens: of a prompt, at
