@@ -283,6 +283,13 @@ def evaluations(*accuracies, cost=1000):
     return [Evaluation(cost * i, 0.1 * i, a, -0.01) for i, a in enumerate(accuracies)]
 
 
+@pytest.mark.parametrize("world", family_sd35.WORLDS)
+def test_a_world_is_found_from_any_folder(world):
+    line = family_sd35.config(world)
+    paths = [word.partition("=")[2] or word for word in line if "toy/" in word]
+    assert len(paths) >= 5 and all(path.startswith(f"{ROOT}/toy/") for path in paths)
+
+
 def test_arrival_needs_staying():
     def arrival(*accuracies):
         return family_sd35.arrival(evaluations(*accuracies), 0.9)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -247,7 +248,7 @@ def arrival(evaluations: list[Evaluation], goal: float) -> int | None:
 def config(world: str) -> list[str]:
     """The world's own .yaml file as a command line, its paths from the repository's root."""
     found = read_config(str(ROOT / "toy" / f"{world}.yaml"), train_sd35.Arguments)
-    return [str(ROOT / word) if word.startswith("toy/") else word for word in found]
+    return [re.sub(r"(^|=)toy/", rf"\1{ROOT}/toy/", word) for word in found]
 
 
 def arguments(world: str, setting: Setting, seed: int) -> Arguments:
