@@ -128,7 +128,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards
-from records import check_lora, is_first_process, launching, sheet
+from records import check_lora, is_first_process, launching, lock_folder, sheet
 from rewards.ocr import QUOTED
 from sd35 import decode, load_lora, load_pipeline
 
@@ -144,18 +144,18 @@ def parse_args(argv: list[str]) -> Arguments:
     try:
         read = prompt_sets.load(args.prompts)
         for flag in ("reward", "metrics"):
-            for name in getattr(args, flag):
-                if rewards.parse(name)[0] != name:
-                    raise ValueError(f"a metric has no weight, got {name}")
+            specs = getattr(args, flag)
+            for spec, name in zip(specs, rewards.parse_all(specs), strict=True):
+                if spec != name:
+                    raise ValueError(f"a metric has no weight, got {spec}; give {name}")
+        flag, default = "reward_model", [*TABLE_2, "geneval_official", "ocr"]
+        used = args.reward + (args.metrics or default)
+        rewards.check_models(cli.pairs(args.reward_model), used)
     except ValueError as error:
         raise Fault(f"argument --{flag}: {error}") from None
     bare = next((i for i, prompt in enumerate(read, 1) if "include" not in prompt), None)
     if bare and any(name.startswith("geneval") for name in args.reward + args.metrics):
         raise Fault(f"argument --prompts: prompt {bare} has no GenEval metadata, as geneval needs")
-    known = args.reward + (args.metrics or [*TABLE_2, "geneval_official", "ocr"])
-    for name in cli.pairs(args.reward_model):
-        if name not in known:
-            raise Fault(f"argument --reward_model: {name} is not among {', '.join(known)}")
     return args
 
 
@@ -183,14 +183,23 @@ def metrics_at_hand(args: Arguments, prompts: list[dict], device: torch.device) 
 
 
 def claim_folder(args: Arguments, texts: list[str]) -> None:
-    """Raises Fault if the folder holds pictures of other settings. Metrics may be added later.
+    """Makes the folder this evaluation's, and no other's until this process ends.
 
-    Every process looks, before they wait for each other; the first one writes.
+    Raises Fault if it holds pictures of other settings, or what is no evaluation's, or if another
+    one is at work in it. Metrics may be added later. Every process looks, before they wait for each
+    other; the first one locks and writes.
     """
+    out = make_folder(args.output_dir)
+    if is_first_process():
+        lock_folder(out)
     drawn = {name: getattr(args, name) for name in (*OF_THE_RUN, "num_inference_steps", "seeds")}
     drawn["texts"] = texts
     drawn["LoRA"] = hashlib.sha256((Path(args.lora) / LORA_FILE).read_bytes()).hexdigest()
-    kept = Path(args.output_dir) / "settings.json"
+    kept = out / "settings.json"
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if others and not kept.exists():
+        where = f"argument --output_dir: {out} holds {others[0]}, and no evaluation"
+        raise Fault(f"{where}; give a new folder, or an empty one")
     before = read_json(kept) or drawn
     for name in drawn:
         if before.get(name) != drawn[name]:
@@ -198,8 +207,8 @@ def claim_folder(args: Arguments, texts: list[str]) -> None:
             raise Fault(f"{where} holds pictures of another {name}; give another folder")
     if is_first_process():
         replace_file(kept, lambda new: new.write_text(json.dumps(drawn)))
-    for variant in VARIANTS:
-        make_folder(f"{args.output_dir}/images/{variant}")
+        for variant in VARIANTS:
+            make_folder(f"{out}/images/{variant}")
 
 
 def read_picture(path: Path) -> Tensor:
@@ -369,7 +378,7 @@ def report(args: Arguments, asked: Asked, kept: Scores) -> str:
 
 def evaluate(args: Arguments) -> None:
     """Draws, scores, and writes table.md, table.json, grid.png. Raises Fault and RewardError."""
-    out = make_folder(args.output_dir)
+    out = Path(args.output_dir)
     prompts = prompt_sets.load(args.prompts)
     asked = {
         out / "images" / variant / f"{line:05d}_{seed}.png": prompts[line]

@@ -56,17 +56,14 @@ def read(path: Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if path.suffix == ".txt":
-            prompts.append({"prompt": line.strip()})
-            continue
         try:
-            prompt = json.loads(line)
+            prompt = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
             json.dumps(prompt, ensure_ascii=False).encode()  # half a character has no bytes
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON ({first_line(error)})") from None
         if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
             raise ValueError(f'{path}, line {number} has no "prompt" that is a string')
-        if not prompt["prompt"].strip():
+        if not any(c.isprintable() and not c.isspace() for c in prompt["prompt"]):
             raise ValueError(f"{path}, line {number} has an empty prompt; write one, or delete it")
         prompts.append(prompt)
     if not prompts:

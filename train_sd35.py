@@ -313,23 +313,19 @@ def parse_args(argv: list[str] | None = None, arguments: type = Arguments) -> An
 
 def check_inputs(args: Arguments) -> None:
     """Raises Fault if prompts cannot be read, or a reward is none, or has no effect as given."""
-    used: list[str] = []
     try:
         for flag in ("train_prompts", "validation_prompts"):
             if name := getattr(args, flag):
                 prompt_sets.load(name)
-        for flag in ("reward", "eval_reward"):
-            names = [rewards.parse(spec)[0] for spec in getattr(args, flag)]
-            used += names
-            for spec, name in zip(getattr(args, flag), names, strict=True):
-                if names.count(name) > 1:
-                    raise ValueError(f"{name} is there twice; give it once ({name}=2 weighs it)")
-                if flag == "eval_reward" and spec != name:
-                    raise ValueError(f"what is only watched has no weight, got {spec}")
+        flag = "reward"
+        rewards.parse_all(args.reward)
+        flag = "eval_reward"
+        used = rewards.parse_all(args.reward + args.eval_reward)  # what is trained on is watched
+        for spec in args.eval_reward:
+            if spec not in used:
+                raise ValueError(f"what is only watched has no weight, got {spec}")
         flag = "reward_model"
-        for name in cli.pairs(args.reward_model):
-            if name not in used:
-                raise ValueError(f"{name} is not among the rewards: {' '.join(used)}")
+        rewards.check_models(cli.pairs(args.reward_model), used)
     except ValueError as error:
         raise Fault(f"argument --{flag}: {error}") from None
 
@@ -683,8 +679,7 @@ def build(args: Arguments, accelerator: Accelerator, pipe: StableDiffusion3Pipel
 def load_rewards(args: Arguments, device: torch.device, flag: str) -> dict[str, Any]:
     """The rewards that a flag names, with their weights. Raises Fault."""
     models, found = cli.pairs(args.reward_model), {}
-    for spec in getattr(args, flag):
-        name, weight = rewards.parse(spec)
+    for name, weight in rewards.parse_all(getattr(args, flag)).items():
         try:
             found[name] = weight, rewards.load(name, device, models.get(name))
         except rewards.RewardError as error:

@@ -26,15 +26,17 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -78,7 +80,11 @@ def parse(spec: str) -> tuple[str, float]:
             raise RewardError(f"{spec!r}: the weight must be a number, got {number!r}")
         if weight == 0:
             raise RewardError(f"{spec!r}: a weight of 0 trains nothing; --eval_reward watches it")
+        if not 1e-9 <= abs(weight) <= 1e9:  # float32 would take a sum for 0, or for infinite
+            raise RewardError(f"{spec!r}: the weight must be 1e-9 to 1e9 in size, got {number}")
     place, colon, function = name.rpartition(":")
+    if colon and place in names():
+        raise RewardError(f"{spec!r}: a weight follows an equals sign: give {place}={function}")
     if colon:
         with fence(repr(name)):
             look_for(place, function)
@@ -104,6 +110,15 @@ def parse_all(specs: list[str]) -> dict[str, float]:
         places.add(same)
         found[name] = weight
     return found
+
+
+def check_models(models: dict[str, str], used: Collection[str]) -> None:
+    """Raises RewardError at the first reward that is not used, or that is one of one's own."""
+    for name in models:
+        if name not in used:
+            raise RewardError(f"{name} is not among the rewards: {' '.join(used)}")
+        if ":" in name:
+            raise RewardError(f"{name} is of your own, and loads its weights itself")
 
 
 def look_for(place: str, function: str) -> None:
@@ -172,7 +187,9 @@ def load_named(name: str, device: torch.device | str, model: str | None, fetch: 
         constants.HF_HUB_OFFLINE = offline
     if fetch and not offline and hub_answers():
         return loader.load(device, model)
-    why = missing if model else "not all that it needs is on this machine"
+    why = "not all that it needs is on this machine"
+    if model:
+        why = f"{model!r} is no folder here with all that it needs ({missing})"
     if not fetch:
         raise RewardError(why)
     if offline:
@@ -240,6 +257,8 @@ def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Ten
             raise RewardError(f"{error}; {hint}") from error.__cause__
         raise
     try:
+        if isinstance(result, np.ndarray):  # torch has no steps backwards, and one order of bytes
+            result = result.astype(result.dtype.newbyteorder("="), order="C")
         scores = torch.as_tensor(result)
         kind = str(tuple(scores.shape))
         if scores.shape == (len(images),) and not scores.is_complex():
@@ -257,12 +276,11 @@ def fence(what: str, place: str = "") -> Iterator[None]:
     SystemExit is among it, as no reward may end a run as if it had succeeded. KeyboardInterrupt is
     not where it may be the user's Ctrl-C: in the main thread, under Python's own handler. A script
     with a handler of its own gets no KeyboardInterrupt from the keyboard. `place` is a file whose
-    line is named. The default dtype, the default device and the grad mode are as before in the end.
+    line is named.
     """
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    grad = torch.is_grad_enabled()
     try:
-        yield
+        with unchanged():
+            yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and may_be_ctrl_c():
             raise
@@ -271,11 +289,31 @@ def fence(what: str, place: str = "") -> Iterator[None]:
         lines = [frame.lineno for frame in frames if frame.filename == file]
         where = f" (line {lines[-1]})" if lines else ""
         raise RewardError(f"{what}: {said(error)}{where}") from error
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(grad)
-        if torch.get_default_device() != device:  # a device that is set costs time at every call
-            torch.set_default_device(None if device.type == "cpu" else device)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """What code of others sets for the whole process is as before in the end.
+
+    That is torch's default dtype, default device and grad mode, the folder that relative paths
+    begin at, and where print writes to. A stream that was closed is one that nobody reads.
+    """
+    device = torch.get_default_device()
+    with ExitStack() as undo:
+        undo.callback(set_streams, sys.stdout, sys.stderr)
+        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
+        undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+        with suppress(OSError):  # a folder that is gone
+            undo.callback(os.chdir, os.getcwd())
+        try:
+            yield
+        finally:
+            if torch.get_default_device() != device:  # one that is set costs time at every call
+                torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def set_streams(*streams: TextIO) -> None:
+    sys.stdout, sys.stderr = (open(os.devnull, "w") if x.closed else x for x in streams)
 
 
 def may_be_ctrl_c() -> bool:

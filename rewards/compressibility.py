@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import to_bytes
+from rewards import RewardError, to_bytes
 
 
 def load(device: torch.device | str, model: str | None = None):
-    """Minus the size as a JPEG of quality 95, in kilobytes. `device` and `model` play no part."""
+    """Minus the size as a JPEG of quality 95, in kilobytes. `device` plays no part."""
+    if model:
+        raise RewardError(f"it has no weights; leave out {model!r}")
 
     def compressibility(images: Tensor, prompts: list[dict]) -> list[float]:
         sizes = []

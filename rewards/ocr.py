@@ -67,9 +67,11 @@ def load(device: torch.device | str, model: str | None = None, line: int | None 
 
     Text that stands on its head is not turned before it is read, as in the released code, where
     the classifier of orientations is off. About 5 images of 512 px a second on two cores; it uses
-    all cores by itself. Its PP-OCR models (Apache-2.0) come with the package. `device` and `model`
-    play no part.
+    all cores by itself. Its PP-OCR models (Apache-2.0) come with the package. `device` plays no
+    part. Raises RewardError if a model is given, too.
     """
+    if model:
+        raise RewardError(f"its models come with the package; leave out {model!r}")
     try:
         import rapidfuzz  # noqa: F401
         from rapidocr import RapidOCR

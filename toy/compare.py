@@ -8,7 +8,7 @@ flags, the settings that were chosen run again, on seeds that no search and no r
 are shown beside what was reported: two minutes.
 """
 
-# ruff: noqa: E402 (Ctrl-C is answered while the libraries are loaded)
+# ruff: noqa: E402 (a wrong argument is answered before the libraries are loaded)
 
 from __future__ import annotations
 
@@ -24,9 +24,60 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/compare.py` finds cli.py
 import cli
 
+MOST = ("DGPO", "DGPO with dials", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
+COMPARED = {"ring-2": (*MOST, "AWM", "GPO"), "blobs": MOST, "ring-32": MOST, "ring-128": MOST[:4]}
+MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")  # what sweeps are around, and the check is of
+EXPERIMENTS = ("family", "methods", "transfer", "artefacts", "dials", "extremes", "clip", "beta")
+EXPERIMENTS += ("groups", "variants", "noise")
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Compares DGPO with its family in small worlds; see toy/results/README.md."""
+
+    full: bool = cli.option(
+        False,
+        "Search, report and sweep, in all worlds, and write the tables and figures: two hours on "
+        "two cores if nothing is kept. Without it, what was chosen runs again on other seeds.",
+    )
+    only: str | None = cli.option(
+        None, "With --full, one experiment and the searches it needs.", choices=EXPERIMENTS
+    )
+    table: bool = cli.option(
+        False, "With --full, compute nothing: the tables and figures of the kept results."
+    )
+    worlds: list[str] = cli.option(
+        ["ring-2", "blobs"], "Without --full, the worlds to run in.", choices=tuple(COMPARED)
+    )
+    methods: list[str] = cli.option(
+        list(MAIN),
+        "Without --full, the methods to run.",
+        choices=COMPARED["ring-2"],
+    )
+    seed: int = cli.option(
+        20, "Without --full, the first of the three seeds to run on.", at_least=0, at_most=2**31
+    )
+    out: str = cli.option(
+        str(Path(__file__).parent / "results"),
+        "The folder of the results, of the figures and of README.md.",
+        shown="toy/results",
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> Arguments:
+    args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
+    if not args.full and (args.only or args.table):
+        raise cli.Fault("arguments --only and --table: go with --full")
+    default = Arguments(out=args.out, full=args.full, only=args.only, table=args.table)
+    if args.full and args != default:
+        raise cli.Fault("arguments --worlds, --methods and --seed: go without --full")
+    cli.make_folder(args.out, "out")
+    return args
+
+
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
-    cli.run("compare.py", lambda: None)  # from here on, Ctrl-C is one line
+    cli.run("compare.py", parse_args)
 
 import figures
 import matplotlib.pyplot as plt
@@ -42,15 +93,10 @@ from methods import (
     Run,
     Setting,
 )
-from search import AROUND, DRAWN, METHODS, PENALTY, ROUNDS, RUNGS, Search, search
+from search import AROUND, DRAWN, PENALTY, ROUNDS, RUNGS, Search, search
 
 FRESH_SEEDS = tuple(range(10))
 SWEEP_SEEDS = FRESH_SEEDS[:4]
-
-
-MOST = ("DGPO", "DGPO with dials", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
-COMPARED = {"ring-2": (*MOST, "AWM", "GPO"), "blobs": MOST, "ring-32": MOST, "ring-128": MOST[:4]}
-MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")  # what sweeps are around, and the check is of
 LARGE, LIKE = ("ring-128", "ring-512"), "ring-32"  # larger worlds take this one's settings
 
 
@@ -244,50 +290,6 @@ class Comparison:
         header = ["arrived", "cost, thousands", "right"]
         header = [f"{what}, {when}" for when in ("reported", "now") for what in header]
         return figures.table(["world", "method", *header], rows)
-
-
-EXPERIMENTS = ("family", "methods", "transfer", "artefacts", *sweeps.SWEEPS, "noise")
-
-
-@dataclasses.dataclass
-class Arguments:
-    """Compares DGPO with its family in small worlds; see toy/results/README.md."""
-
-    full: bool = cli.option(
-        False,
-        "Search, report and sweep, in all worlds, and write the tables and figures: two hours on "
-        "two cores if nothing is kept. Without it, what was chosen runs again on other seeds.",
-    )
-    only: str | None = cli.option(
-        None, "With --full, one experiment and the searches it needs.", choices=EXPERIMENTS
-    )
-    table: bool = cli.option(
-        False, "With --full, compute nothing: the tables and figures of the kept results."
-    )
-    worlds: list[str] = cli.option(
-        ["ring-2", "blobs"], "Without --full, the worlds to run in.", choices=tuple(COMPARED)
-    )
-    methods: list[str] = cli.option(
-        list(MAIN),
-        "Without --full, the methods to run.",
-        choices=tuple(METHODS),
-    )
-    seed: int = cli.option(
-        20, "Without --full, the first of the three seeds to run on.", at_least=0, at_most=2**31
-    )
-    out: str = cli.option(
-        str(Path(__file__).parent / "results"),
-        "The folder of the results, of the figures and of README.md.",
-        shown="toy/results",
-    )
-
-
-def parse_args(argv: list[str] | None = None) -> Arguments:
-    args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
-    cli.make_folder(args.out, "out")
-    if not args.full and (args.only or args.table):
-        raise cli.Fault("arguments --only and --table: go with --full")
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,6 +11,8 @@ toy/results/<world>-family.json: stop it with Ctrl-C whenever you like, call it 
 --table shows what there is. Without flags, what was chosen runs again for an eighth of the budget.
 """
 
+# ruff: noqa: E402 (a wrong argument is answered before the libraries are loaded)
+
 from __future__ import annotations
 
 import contextlib
@@ -28,14 +30,44 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a script in toy/ finds cli.py
+import cli
+from cli import Fault, option
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Compares DGPO with its family on SD3.5's own classes; see toy/results/sd35.md."""
+
+    full: bool = option(
+        False,
+        "Search and report, in both worlds: up to six hours on two cores if nothing is kept. Stop "
+        "it at any time: what is finished is kept, and the next call goes on.",
+    )
+    table: bool = option(False, "Compute nothing: the table and the figure of what is kept.")
+    worlds: list[str] = option(
+        ["words", "shapes"], "The worlds to run in.", choices=("words", "shapes")
+    )
+    out: str = option(
+        str(Path(__file__).parent / "results"), "The results' folder.", shown="toy/results"
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> Arguments:
+    args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
+    cli.make_folder(args.out, "out")
+    return args
+
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
+    cli.run("compare_sd35.py", parse_args)
+
 import figures
 import matplotlib.pyplot as plt
 from family_sd35 import ROOT, WORLDS, Evaluation, Run, Setting, run_setting
 from report_sd35 import SEEDS, WORKS, Report, Search, Tried, page
 from search import Dial, Range
-
-import cli
-from cli import Fault, option
 
 VERSION = 1  # of what a run means
 FRESH_SEEDS, TUNING_SEEDS, CHECK_SEED = tuple(range(SEEDS)), (100, 101), 20
@@ -275,22 +307,6 @@ def reports(results: Results, world: str) -> tuple[dict[str, Report], list[str]]
     return found, missing
 
 
-@dataclasses.dataclass
-class Options:
-    """Compares DGPO with its family on SD3.5's own classes; see toy/results/sd35.md."""
-
-    full: bool = option(
-        False,
-        "Search and report, in both worlds: up to six hours on two cores if nothing is kept. Stop "
-        "it at any time: what is finished is kept, and the next call goes on.",
-    )
-    table: bool = option(False, "Compute nothing: the table and the figure of what is kept.")
-    worlds: list[str] = option(list(WORLDS), "The worlds to run in.", choices=tuple(WORLDS))
-    out: str = option(
-        str(Path(__file__).parent / "results"), "The results' folder.", shown="toy/results"
-    )
-
-
 def full(results: Results, worlds: list[str]) -> None:
     """All passes: in each the searches, then the reports, as many at a time as there are cores."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
@@ -330,8 +346,8 @@ def check(results: Results, world: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = cli.parse(Options, sys.argv[1:] if argv is None else argv)
-    out = cli.make_folder(args.out, "out")
+    args = parse_args(argv)
+    out = Path(args.out)
     plt.switch_backend("agg")
     if not (args.full or args.table):
         results = Results(out, keep=False)
