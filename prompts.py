@@ -35,6 +35,8 @@ LISTS = {
     "drawbench": ("drawbench/test.txt", "8d96e7cf7017ce6ce299a6eec96e21467a2ac7aa"),
 }
 
+LONGEST = 10_000  # characters of a prompt: the encoders read some hundred tokens
+
 
 def read(path: Path) -> list[dict]:
     """The prompts of a .txt (one a line) or .jsonl file ({"prompt": ..., ...} a line), in UTF-8.
@@ -47,7 +49,7 @@ def read(path: Path) -> list[dict]:
     try:
         if path.exists() and not path.is_file():  # a FIFO would be waited for
             raise ValueError("it is no file")
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # U+2028 ends no line of a file
+        lines = path.read_text("utf-8-sig").split("\n")  # U+2028 ends no line of a file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
     except (OSError, ValueError) as error:
@@ -65,6 +67,9 @@ def read(path: Path) -> list[dict]:
             raise ValueError(f'{path}, line {number} has no "prompt" that is a string')
         if not any(c.isprintable() and not c.isspace() for c in prompt["prompt"]):
             raise ValueError(f"{path}, line {number} has an empty prompt; write one, or delete it")
+        if len(prompt["prompt"]) > LONGEST:
+            n = len(prompt["prompt"])
+            raise ValueError(f"{path}, line {number} has {n} characters; give at most {LONGEST}")
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path} holds no prompt")

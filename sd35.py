@@ -13,6 +13,7 @@ Times are the sampler's, in [0, 1], where 1 is pure noise; diffusers has them ti
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -53,8 +54,10 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
     words: transformers makes do with one that knows none, and then all prompts are equal.
     fits: a resolution and a LoRA's rank, which are checked before the weights are read.
     """
-    local = Path(model).is_dir()
+    local = Path(model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)
     try:
+        if local and not Path(model).is_dir():
+            raise ValueError("there is no such folder")
         folder = Path(model if local else StableDiffusion3Pipeline.download(model))
         index = StableDiffusion3Pipeline.load_config(folder)
         absent = dict.fromkeys(T5 if index.get(T5[0]) == [None, None] else [])
@@ -70,11 +73,12 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
             known = getattr(pipe, f"text_encoder{i}").config.vocab_size
             if not 0.9 * known < words <= known:
                 raise ValueError(f"its tokenizer{i} has {words} tokens, and its encoder {known}")
+        check_weights(pipe)
     except Fault:
         raise
     except Exception as error:  # whatever the libraries make of other files
-        hub = f"accept its licence at https://huggingface.co/{model}, do `hf auth login`, or "
-        hint = f"{'' if local else hub}give a folder as a pipeline's save_pretrained writes it"
+        hub = f"accept its licence at https://huggingface.co/{model}, do `hf auth login`"
+        hint = f"{'mend it' if local else hub}, or give a folder as save_pretrained writes it"
         raise Fault(f"cannot load {model} ({first_line(error)}); {hint}") from None
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():
@@ -92,6 +96,19 @@ def check_fit(folder: Path, resolution: int, rank: int) -> None:
     for name, given, most in (("resolution", resolution, side), ("rank", rank, width)):
         if given > most:
             raise Fault(f"argument --{name}: the model has at most {most}, got {given}")
+
+
+def check_weights(pipe: StableDiffusion3Pipeline) -> None:
+    """Raises ValueError at a weight that no file had, or that is not finite, or a VAE that fails.
+
+    diffusers leaves the former without a value, and then a reward would be blamed for the latter.
+    """
+    for name, module in pipe.components.items():
+        for key, weight in module.named_parameters() if isinstance(module, nn.Module) else ():
+            if weight.is_meta or not weight.sum().isfinite():
+                raise ValueError(f"its {name} has no finite {key}")
+    if not decode(pipe.vae, torch.zeros(1, pipe.vae.config.latent_channels, 1, 1)).isfinite().all():
+        raise ValueError("what its vae decodes is not finite")
 
 
 def make_scheduler(sampler: str, shift: float) -> Any:

@@ -315,7 +315,7 @@ def check_inputs(args: Arguments) -> None:
     """Raises Fault if prompts cannot be read, or a reward is none, or has no effect as given."""
     try:
         for flag in ("train_prompts", "validation_prompts"):
-            if name := getattr(args, flag):
+            if (name := getattr(args, flag)) is not None:
                 prompt_sets.load(name)
         flag = "reward"
         rewards.parse_all(args.reward)
