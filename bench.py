@@ -12,7 +12,7 @@ geometry are random: for a GPU, and without any download. On a CPU, give --model
 Like a test, this file imports the trainer: what is timed is its own step, and not a copy of it.
 """
 
-# ruff: noqa: E402 (a wrong command is answered before the libraries are loaded)
+# ruff: noqa: E402 (a wrong argument is answered before the libraries are loaded)
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ from typing import Any
 from unittest.mock import patch
 
 import cli
+import recipes
+
+
+@dataclass
+class Arguments(recipes.Arguments):
+    """Count or measure a step of the trainer, with its own arguments, as SD3.5 Medium allows."""
+
+    repeats: int = cli.option(5, "How often work is timed.", at_least=1, at_most=1_000_000)
+    resolution: int = cli.option(512, "Side of images in pixels.", at_least=16, at_most=6144)
+    rank: int = cli.option(64, "Rank of the LoRA.", at_least=1, at_most=1536)
 
 
 def read_command() -> str:
@@ -40,8 +50,14 @@ def read_command() -> str:
     return command
 
 
+def read_line() -> None:
+    """Raises as `read_command`, and Fault at a wrong argument, before a library is loaded."""
+    read_command()
+    recipes.read_arguments(Arguments, sys.argv[2:])
+
+
 if __name__ == "__main__":
-    cli.run("bench.py", read_command)
+    cli.run("bench.py", read_line)
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
 
@@ -72,15 +88,6 @@ T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_XXL |= {"feed_forward_proj": "gated-gelu"}
 PICKSCORE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 PICKSCORE |= {"num_attention_heads": 16, "patch_size": 14}  # of its images: a CLIP ViT-H/14
-
-
-@dataclass
-class Arguments(train_sd35.Arguments):
-    """Count or measure a step of the trainer, with its own arguments, as SD3.5 Medium allows."""
-
-    repeats: int = cli.option(5, "How often work is timed.", at_least=1, at_most=1_000_000)
-    resolution: int = cli.option(512, "Side of images in pixels.", at_least=16, at_most=6144)
-    rank: int = cli.option(64, "Rank of the LoRA.", at_least=1, at_most=1536)
 
 
 def random_pickscore() -> rewards.Reward:
@@ -241,7 +248,7 @@ def load(args: Arguments, texts: list[str]) -> Trainer:
     accelerator = train_sd35.launch(args)
     torch.manual_seed(args.seed)
     name, dtype = args.pretrained_model_name_or_path, train_sd35.precision(args)
-    if name == train_sd35.MEDIUM:
+    if name == recipes.MEDIUM:
         pipe, shapes = random_pipeline(dtype), ((1, 77 + args.max_sequence_length, 4096), (1, 2048))
         encoded = {text: sd35.Encoded(*map(torch.randn, shapes)) for text in texts}
     else:
@@ -344,7 +351,7 @@ def step(args: Arguments) -> None:
     texts = ["", *(f"prompt {p}" for p in range(args.prompts_per_step))]
     trainer, chosen = load(args, texts), [{"prompt": text} for text in texts[1:]]
     groups, passes = len(trainer.own(chosen)), bare_passes(trainer, texts[1])
-    random = args.pretrained_model_name_or_path == train_sd35.MEDIUM
+    random = args.pretrained_model_name_or_path == recipes.MEDIUM
     with trainer.device:
         reward = random_pickscore() if random else lambda images, _: torch.rand(len(images))
         images = torch.rand(args.group_size, 3, args.resolution, args.resolution)

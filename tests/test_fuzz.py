@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = [
     path.stem
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("toy/*.py")])
-    if all(part in path.read_text("utf-8") for part in ("\nclass Arguments", "__main__"))
+    if all(part in path.read_text("utf-8") for part in ("Arguments", "__main__"))
 ]
 PARSERS = ("read_arguments", "parse_args")  # what a script calls that which needs no model
 

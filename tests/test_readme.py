@@ -11,6 +11,7 @@ import shapes
 import bench
 import evaluate
 import prompts
+import recipes
 import records
 import rewards
 import train_sd35
@@ -59,7 +60,7 @@ def test_every_flag_in_the_readme_exists():
 
 
 def test_the_recipes_and_rewards_are_in_the_readme():
-    assert [recipe for recipe in train_sd35.RECIPES if f"| `{recipe}` |" not in README] == []
+    assert [recipe for recipe in recipes.RECIPES if f"| `{recipe}` |" not in README] == []
     table = README.split("| `--reward` |")[1].split("\n\n")[0]
     assert [name for name in rewards.names() if f"`{name}`" not in table] == []
 
