@@ -31,6 +31,7 @@ from cli import Fault, first_line, make_folder, option, parse, read_json, replac
 LORA_FILE = "pytorch_lora_weights.safetensors"
 VARIANTS = ("base", "lora")
 ROWS = ("base", "LoRA", "difference")
+MOST = 1_000_000  # pictures by each model
 GRID = 4  # prompts with the best gain, and as many with the worst loss
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 OF_THE_RUN = "pretrained_model_name_or_path guidance_scale resolution max_sequence_length".split()
@@ -153,6 +154,9 @@ def parse_args(argv: list[str]) -> Arguments:
         rewards.check_models(cli.pairs(args.reward_model), used)
     except ValueError as error:
         raise Fault(f"argument --{flag}: {error}") from None
+    if len(read) * args.seeds > MOST:
+        n = len(read) * args.seeds
+        raise Fault(f"argument --seeds: {len(read)} prompts of each are {n} pictures, over {MOST}")
     bare = next((i for i, prompt in enumerate(read, 1) if "include" not in prompt), None)
     if bare and any(name.startswith("geneval") for name in args.reward + args.metrics):
         raise Fault(f"argument --prompts: prompt {bare} has no GenEval metadata, as geneval needs")

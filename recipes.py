@@ -46,7 +46,7 @@ class MicroBatch(int):
             number = super().__new__(cls, 0 if value == "auto" else value)
         except ValueError:
             number = -1
-        if not 0 <= number <= 10**6:
+        if not 0 < number <= 10**6 and value not in ("auto", 0):
             raise argparse.ArgumentTypeError(f"must be 1 to 1000000, or auto, got {value}")
         return number
 

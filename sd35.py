@@ -312,5 +312,5 @@ def load_lora(pipe: StableDiffusion3Pipeline, folder: Path | str) -> None:
     """Puts the LoRA of a folder into a pipeline, to draw with it. Raises Fault."""
     try:
         pipe.load_lora_weights(folder, weight_name=LORA_FILE)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         raise Fault(f"the LoRA in {folder} does not fit the model ({first_line(error)})") from None

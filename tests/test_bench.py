@@ -1,6 +1,10 @@
 """What bench.py counts and measures, and the plain step that the trainer's is held against."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bench
 import cli
 import train_sd35
+
+ROOT = Path(__file__).parents[1]
 
 
 def arguments(tiny, out, **changed):
@@ -263,6 +269,23 @@ def test_the_plan_counts_what_training_on_fewer_samples_saves():
     assert tflop(bound=1.0) == whole
     free, bounded = (tflop(clip=0.0, bound=bound)["train"] for bound in (0.0, 1.0))
     assert bounded - free == pytest.approx(192 * K * 2.0)
+
+
+def test_a_bad_argument_is_answered_before_a_library_is_loaded(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    for script, line in {
+        "bench.py": "plan --repeats 0",
+        "toy/compare.py": "--seed -1",
+        "toy/compare_sd35.py": "--worlds x",
+    }.items():
+        ended = subprocess.run(
+            [sys.executable, script, *line.split()],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 2 and f"argument {line.split()[-2]}: " in ended.stderr, script
 
 
 def test_an_unknown_command_is_one_line(monkeypatch, capsys):

@@ -345,6 +345,21 @@ def test_rubbish_that_the_run_left_is_one_line(content, message, loras, prompts,
     assert "\n" not in str(fault.value)
 
 
+def test_two_evaluations_in_one_folder_do_not_interleave(tiny, loras, prompts, tmp_path):
+    """The lock is a process's, so the other one is another process."""
+    out = tmp_path / "out"
+    out.mkdir()
+    code = f"import records; records.lock_folder(records.Path({str(out)!r})); print(input('in'))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.read(2) == "in"
+        with pytest.raises(evaluate.Fault, match="argument --output_dir: .* is at work in "):
+            run(tiny, loras["nothing"], prompts, out)
+        other.communicate("\n")
+    assert list(out.iterdir()) == [out / ".lock"]
+    run(tiny, loras["nothing"], prompts, out)
+
+
 @pytest.mark.parametrize("name", ["scores.json", "settings.json"])
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": {"b": 1}}', "[" * 100_000])
 def test_rubbish_in_the_folder_is_one_line(name, content, tiny, loras, prompts, tmp_path):
@@ -435,6 +450,10 @@ BAD = {
     "--resolution 100": "argument --resolution: must be a multiple of 16, got 100",
     "--reward_model clip": "argument --reward_model: must be name=path, got clip",
     "--reward_model ocr=x": "argument --reward_model: ocr is not among ",
+    "--seeds 1000 --prompts {}/many.txt": "argument --seeds: 1001 prompts of each are 1001000 pic",
+    "--metrics ocr ocr": "argument --metrics: ocr is there twice; give it once",
+    "--reward_model {}=x": "argument --reward_model: ",
+    "--output_dir {}": "holds empty.txt, and no evaluation; give a new folder, or an empty one",
     "--nonsense 3": "unrecognized arguments: --nonsense 3",
     "--model {}/none": "cannot load",
 }
@@ -443,6 +462,7 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line(line, tiny, loras, prompts, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "many.txt").write_text("a\n" * 1001)
     argv = flags(tiny, loras["nothing"], prompts, tmp_path / "out") + line.format(tmp_path).split()
     with pytest.raises(evaluate.Fault) as fault:
         evaluate.evaluate(evaluate.parse_args(argv))

@@ -93,5 +93,21 @@ def test_random_words(script, name, beginning, words, one):
 
 
 def test_all_scripts_are_found():
-    known = {"train_sd35", "evaluate", "bench", "prompts", "run_2d", "compare", "shapes"}
-    assert known <= set(SCRIPTS) and len(list(flags())) > 100
+    known = {"train_sd35", "evaluate", "bench", "prompts", "run_2d", "shapes", "words"}
+    assert known | {"compare", "compare_sd35"} == set(SCRIPTS) and len(list(flags())) > 100
+
+
+def test_names_that_are_written_twice_so_that_nothing_is_imported_are_the_same():
+    import compare
+    import compare_sd35
+    import family_sd35
+    import search
+    import sweeps
+
+    assert set(compare.COMPARED["ring-2"]) == set(search.METHODS)
+    about = (
+        *sweeps.SWEEPS,
+        *(name for name in compare.EXPERIMENTS if hasattr(compare.Comparison, name)),
+    )
+    assert set(about) == set(compare.EXPERIMENTS)
+    assert compare_sd35.Arguments().worlds == list(family_sd35.WORLDS)

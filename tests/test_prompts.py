@@ -31,8 +31,10 @@ def test_a_jsonl_file_keeps_what_else_it_says(tmp_path):
 
 
 def test_files_are_read_as_the_world_writes_them(tmp_path):
-    """A byte-order mark, CRLF, U+2028 inside a line: no prompt gains or loses a character."""
+    """A byte-order mark, CRLF, CR, U+2028 inside a line: no prompt gains or loses a character."""
     file = tmp_path / "a.txt"
+    file.write_bytes(b"a dog\ra cat\r")
+    assert prompts.read(file) == [{"prompt": "a dog"}, {"prompt": "a cat"}]
     file.write_bytes("\ufeffa dog\r\n\r\na\u2028cat\r\n".encode())
     assert prompts.read(file) == [{"prompt": "a dog"}, {"prompt": "a\u2028cat"}]
     file = tmp_path / "a.jsonl"
@@ -50,6 +52,9 @@ def test_files_are_read_as_the_world_writes_them(tmp_path):
         ("a.jsonl", b'{"prompt": 3}', 'line 1 has no "prompt" that is a string'),
         ("a.jsonl", b'["a"]', 'line 1 has no "prompt"'),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": " "}', "line 2 has an empty prompt"),
+        ("a.txt", b"a\n\0\0\0", "line 2 has an empty prompt"),
+        ("a.txt", "\u200b".encode(), "line 1 has an empty prompt"),
+        ("a.txt", b"a\n" + b"x" * 10_001, "line 2 has 10001 characters; give at most 10000"),
         ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1 is not JSON .*surrogates not allowed"),
     ],

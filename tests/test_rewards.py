@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,9 @@ def test_a_file_that_cannot_have_the_reward_is_refused_unrun(source, own):
         ("pickscore=", "the weight must be a number, got ''"),
         ("pickscore=0", "'pickscore=0': a weight of 0 trains nothing; --eval_reward watches it"),
         ("pickscore=nan", "the weight must be a number, got 'nan'"),
+        ("pickscore=1e-300", "the weight must be 1e-9 to 1e9 in size, got 1e-300"),
+        ("pickscore=-1e38", "the weight must be 1e-9 to 1e9 in size, got -1e38"),
+        ("pickscore:0.5", "'pickscore:0.5': a weight follows an equals sign: give pickscore=0.5"),
         ("nowhere.py:f", "'nowhere.py:f': there is no file nowhere.py"),
         ("x" * 5000 + ".py:f", "OSError: .* File name too long"),
         (f"{Path(__file__).parent}:f", "there is no package .*; the name of a file ends in .py"),
@@ -223,7 +227,21 @@ def test_a_package_that_fails_is_one_line(own, monkeypatch, tmp_path):
         rewards.load("mine:f", "cpu")
 
 
+def test_other_weights_are_of_a_reward_that_is_used_and_has_some():
+    rewards.check_models({"pickscore": "a"}, {"pickscore": 1.0})
+    with pytest.raises(rewards.RewardError, match="ocr is not among the rewards: pickscore$"):
+        rewards.check_models({"ocr": "a"}, ["pickscore"])
+    with pytest.raises(rewards.RewardError, match="brightness is of your own, and loads its wei"):
+        rewards.check_models({f"{OWN}:brightness": "a"}, [f"{OWN}:brightness"])
+    for name in ("ocr", "compressibility"):
+        with pytest.raises(rewards.RewardError, match=f"the reward {name}: .*; leave out 'a'$"):
+            rewards.load(name, "cpu", "a")
+
+
 CHANGES = {
+    "import os; os.chdir('/')": os.getcwd,
+    "import sys; sys.stdout = None": lambda: sys.stdout,
+    "import sys; sys.stderr = open('/dev/null', 'w')": lambda: sys.stderr,
     "torch.set_default_dtype(torch.float64)": torch.get_default_dtype,
     "torch.set_grad_enabled(False)": torch.is_grad_enabled,
     "torch.set_default_device('meta')": torch.get_default_device,
@@ -232,7 +250,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("end", ["return [1.0] * len(images)", "raise ValueError"])
-def test_what_foreign_code_sets_in_torch_ends_with_it(change, end, own, images):
+def test_what_foreign_code_sets_ends_with_it(change, end, own, images):
     asked, before = CHANGES[change], CHANGES[change]()
     try:
         file = f"import torch\n{change}\ndef f(images, prompts):\n    {change}\n    {end}"
@@ -248,6 +266,12 @@ def test_what_foreign_code_sets_in_torch_ends_with_it(change, end, own, images):
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.set_default_device(None)
+
+
+def test_a_stream_that_a_reward_closes_is_one_that_nobody_reads(images, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    rewards.score("mine", lambda *_: sys.stdout.close() or [1] * 3, images, PROMPTS)
+    print("this is no error")
 
 
 def test_a_reward_has_images_and_prompts_of_its_own(images):
@@ -266,6 +290,9 @@ def test_scores_are_of_their_own_and_without_gradients(images):
     assert first.tolist() == [0, 0, 0] and first.dtype == torch.float32
     sparse = torch.tensor([0.0, 1.0, 0.0]).to_sparse()
     assert rewards.score("mine", lambda *_: sparse, images, PROMPTS).tolist() == [0, 1, 0]
+    for backwards in (np.array([2, 1, 0.0])[::-1], np.array([0, 1, 2], ">f4")):
+        found = rewards.score("mine", lambda *_, given=backwards: given, images, PROMPTS)
+        assert found.tolist() == [0, 1, 2]
     seen = []
     rewards.score(
         "mine", lambda images, prompts: seen.append(weight * 2) or weight, images, PROMPTS
@@ -412,6 +439,9 @@ def test_the_hub_is_asked_for_what_is_not_here(hub, monkeypatch):
     line = "not all that it needs .*; unset HF_HUB_OFFLINE, or .* --reward_model compressibility="
     with pytest.raises(rewards.RewardError, match=line):
         rewards.load("compressibility", "cpu")
+    with pytest.raises(rewards.RewardError, match="'a' is no folder here with all that it needs"):
+        monkeypatch.setattr(compressibility, "load", lambda *_: open("nowhere"))
+        rewards.load("compressibility", "cpu", "a")
     assert hub == ["/"] and constants.HF_HUB_OFFLINE
 
 
