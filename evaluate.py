@@ -119,6 +119,7 @@ if __name__ == "__main__":
     cli.run("evaluate.py", lambda: read_arguments(sys.argv[1:]))
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
+os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
 
 import numpy as np
 import torch

@@ -259,6 +259,8 @@ def parse_args(argv: list[str]) -> Arguments:
     """Raises Fault, before anything heavy is imported."""
     named = bool(argv) and not argv[0].startswith("-")
     args = parse(Arguments, ["--kind", *argv] if named else argv)
+    if args.kind == "geneval" and args.split != "train":
+        raise Fault(f"argument --split: is of text alone, got {args.split} for geneval")
     if os.path.lexists(args.out):
         raise Fault(f"argument --out: {args.out} is there already; give another name or delete it")
     make_place(args.out, "out", (".jsonl" if args.kind == "geneval" else ".txt",))

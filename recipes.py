@@ -238,6 +238,8 @@ def read_arguments(arguments: type = Arguments, argv: list[str] | None = None) -
     cli.check_ranks()
     if args.resolution % 16:
         raise Fault(f"argument --resolution: must be a multiple of 16, got {args.resolution}")
+    if args.hub_model_id is not None and not args.push_to_hub:
+        raise Fault(f"argument --hub_model_id: goes with --push_to_hub, got {args.hub_model_id!r}")
     args.combine = args.combine or ("advantages" if len(args.reward) > 1 else "rewards")
     for setting in dataclasses.fields(args):
         values = setting.metadata.get("released")

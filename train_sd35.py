@@ -32,6 +32,7 @@ if __name__ == "__main__":
     cli.run("train_sd35.py", read_arguments)
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
+os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
 
 import huggingface_hub
 import numpy as np

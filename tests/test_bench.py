@@ -273,19 +273,23 @@ def test_the_plan_counts_what_training_on_fewer_samples_saves():
 
 def test_a_bad_argument_is_answered_before_a_library_is_loaded(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
-    for script, line in {
-        "bench.py": "plan --repeats 0",
-        "toy/compare.py": "--seed -1",
-        "toy/compare_sd35.py": "--worlds x",
-    }.items():
+    for line in (
+        "bench.py plan --repeats 0",
+        "bench.py step --hub_model_id a/b",
+        "train_sd35.py --micro_batch_size 0",
+        "toy/compare.py --seed -1",
+        "toy/compare.py --full --methods DGPO",
+        "toy/compare_sd35.py --worlds x",
+    ):
         ended = subprocess.run(
-            [sys.executable, script, *line.split()],
+            [sys.executable, *line.split()],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(tmp_path)},
             capture_output=True,
             text=True,
         )
-        assert ended.returncode == 2 and f"argument {line.split()[-2]}: " in ended.stderr, script
+        assert ended.returncode == 2 and line.split()[-2] in ended.stderr, line
+        assert ended.stderr.count("\n") == 1 and "torch is imported" not in ended.stderr
 
 
 def test_an_unknown_command_is_one_line(monkeypatch, capsys):

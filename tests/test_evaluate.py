@@ -414,6 +414,23 @@ def test_a_lora_is_looked_at_before_anything_is_drawn(how, tiny, loras, prompts,
     assert "\n" not in str(fault.value) and not list((tmp_path / "out").rglob("*.png"))
 
 
+@pytest.mark.parametrize("how", ["NaN", "keys of another format"])
+def test_the_tiny_worlds_look_at_a_lora_too(how, tiny, loras, tmp_path, monkeypatch):
+    weights = change(load_file(loras["much"] / evaluate.LORA_FILE), how)
+    save_file(weights, tmp_path / evaluate.LORA_FILE)
+    shutil.copytree(tiny, tmp_path / "out")
+    line = f"--lora {tmp_path} --out {tmp_path}/out"
+    monkeypatch.setattr("sys.argv", ["shapes.py", *line.split()])
+    with pytest.raises(evaluate.Fault, match=f"argument --lora: cannot use .*{MISFITS[how]}"):
+        shapes.main()
+    with pytest.raises(evaluate.Fault, match="another world: it draws pictures of 16 pixels, and"):
+        save_file(load_file(loras["much"] / evaluate.LORA_FILE), tmp_path / evaluate.LORA_FILE)
+        monkeypatch.setattr(shapes, "SIDE", 64)
+        shapes.main()
+    with pytest.raises(evaluate.Fault, match="argument --out: .* holds out, and no pipeline; give"):
+        shapes.read_arguments(["--out", str(tmp_path)])
+
+
 def test_a_lora_that_is_truncated_is_named(tiny, loras, prompts, tmp_path):
     (tmp_path / "lora").mkdir()
     content = (loras["much"] / evaluate.LORA_FILE).read_bytes()
@@ -427,10 +444,11 @@ def test_a_lora_that_is_truncated_is_named(tiny, loras, prompts, tmp_path):
 def test_it_says_nothing_but_its_own(tiny, loras, prompts, tmp_path):
     """transformers speaks of torchvision, which nothing here needs."""
     line = flags(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=BRIGHTNESS)
+    environment = {k: x for k, x in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
     said = subprocess.run(
         [sys.executable, "evaluate.py", *line],
         cwd=ROOT,
-        env={name: x for name, x in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"},
+        env={**environment, "MPLBACKEND": "nonsense"},
         capture_output=True,
         text=True,
     )

@@ -171,7 +171,7 @@ def main() -> None:
     clock.append(time.perf_counter())
     phases = zip(("pretraining", "DGPO", "report and figures"), clock, clock[1:], strict=False)
     print("\nseconds: " + ", ".join(f"{name} {end - start:.1f}" for name, start, end in phases))
-    print("wrote " + " and ".join(map(os.path.relpath, written)))
+    print("wrote " + " and ".join(map(str, written)))
     if window:
         plt.show()
 

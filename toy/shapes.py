@@ -237,6 +237,7 @@ def main() -> None:
         pretrain=pretrain,
         files={"prompts": prompt_list(), "held_out": held_out(6)},
         shown=held_out(args.samples),
+        side=SIDE,
         title="strict accuracy",
         columns=columns,
         right=strict,

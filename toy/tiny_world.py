@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # a LoRA's file in a run's folder
+OWN = ("model_index.json", "prompts.jsonl", "held_out.jsonl", "base.png")  # what it writes
 # How pictures are drawn for the table: guidance scale and steps. The first is that of the training.
 CONDITIONS = {"": (1.0, 10), ", guidance 2": (2.0, 10), ", 28 steps": (1.0, 28)}
 
@@ -59,6 +60,10 @@ def read_arguments(arguments: type, argv: list[str] | None, script: str) -> Argu
     if args.lora and not os.path.isfile(f"{args.out}/model_index.json"):
         raise Fault(f"argument --out: {args.out} holds no pipeline; run {script} first")
     cli.make_folder(args.out, "out")
+    there = sorted(path.name for path in Path(args.out).iterdir() if path.name[0] != ".")
+    if there and not any(name in there for name in OWN):
+        where = f"argument --out: {args.out} holds {there[0]}, and no pipeline"
+        raise Fault(f"{where}; give a new folder, or an empty one")
     cli.make_place(str(Path(args.out) / "base.png"), "out", cli.FIGURES)
     if args.figure is not None:
         cli.make_place(args.figure, "figure", cli.FIGURES)
@@ -90,6 +95,7 @@ def run(
     pretrain: Callable[..., Iterable[float]],
     files: dict[str, list[dict]],
     shown: list[dict],
+    side: int,
     title: str,
     columns: Callable[[Tensor, list[dict]], dict[str, str]],
     right: Callable[[Tensor, list[dict]], list[float]],
@@ -98,15 +104,19 @@ def run(
     """Builds, pretrains and saves a pipeline, or loads it and its LoRAs, and prints the table.
 
     files: the prompts to be written beside it, by name. shown: the prompts, each with its "task",
-    whose pictures are in the table. columns: a row of the table, whose first heading is the title.
+    whose pictures are in the table. side: theirs, in pixels. columns: a row of the table, whose
+    first heading is the title.
     right: 1 for a picture that is framed in black. drawn: pictures of `shown` as they should be,
     for a row that says what can be reached.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
+    os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
     import tiny_sd35
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
     from tqdm import tqdm
+
+    from records import check_lora
 
     out, loras = Path(args.out), [Path(lora) for lora in args.lora]
     if loras:
@@ -117,6 +127,8 @@ def run(
         absent = {name: None for name, part in index.items() if part == [None, None]}  # no T5
         pipe = tried(f"argument --out: cannot use {out}", load, out, dtype=torch.float32, **absent)
         pipe.set_progress_bar_config(disable=True)
+        for lora in loras:
+            check_lora(lora / WEIGHTS, pipe.transformer)
     else:
         pipe = build()
         for name, prompts in files.items():
@@ -147,6 +159,9 @@ def run(
             tried(line, load, lora, weight_name=WEIGHTS)
         for condition, (guidance, steps) in CONDITIONS.items():
             images = tiny_sd35.sample(pipe, shown, 0, guidance, steps)
+            if images.shape[-1] != side:
+                found = f"pictures of {images.shape[-1]} pixels, and not of {side}"
+                raise Fault(f"argument --out: {out} is of another world: it draws {found}")
             print_row(name + condition, images, first=drawn is None and not sheets)
             if not condition:
                 sheets[name] = contact_sheet(images, shown, right(images, shown))
@@ -184,7 +199,6 @@ def plot(
     path: Path, sheets: dict[str, Tensor], tasks: list[str], rewards: dict[str, list[float]]
 ) -> None:
     """Contact sheets above, and the rollouts' mean reward in each run, over ten steps, below."""
-    os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
     import matplotlib.pyplot as plt
     import torch
 

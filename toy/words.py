@@ -230,6 +230,7 @@ def main() -> None:
         pretrain=pretrain,
         files={"prompts": of_task("training"), "held_out": of_task("test")[:48]},
         shown=shown,
+        side=SIDE,
         title="OCR score",
         columns=columns,
         right=exact,
