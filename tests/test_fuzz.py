@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -95,6 +97,19 @@ def test_random_words(script, name, beginning, words, one):
 def test_all_scripts_are_found():
     known = {"train_sd35", "evaluate", "bench", "prompts", "run_2d", "shapes", "words"}
     assert known | {"compare", "compare_sd35"} == set(SCRIPTS) and len(list(flags())) > 100
+
+
+@pytest.mark.parametrize("script", ["run_2d", "shapes", "words", "compare", "compare_sd35"])
+def test_a_script_of_the_toy_is_found_as_a_module_and_through_a_link(script, tmp_path):
+    """`python -m toy.shapes` has no toy/ on its path, and a link lies beside nothing."""
+    (tmp_path / "link.py").symlink_to(ROOT / "toy" / f"{script}.py")
+    for line in (["-m", f"toy.{script}"], [tmp_path / "link.py"]):
+        ended = subprocess.run(
+            [sys.executable, *line, "--help"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+    code = f"import toy.{script}, importlib; importlib.import_module('flow2d')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_names_that_are_written_twice_so_that_nothing_is_imported_are_the_same():

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/compare.py` finds cli.py
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
 import cli
 
 MOST = ("DGPO", "DGPO with dials", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")

@@ -30,7 +30,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a script in toy/ finds cli.py
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
 import cli
 from cli import Fault, option
 
@@ -62,6 +62,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
     cli.run("compare_sd35.py", parse_args)
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
 
 import figures
 import matplotlib.pyplot as plt

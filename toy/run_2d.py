@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/run_2d.py` finds cli.py
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
 from cli import Fault, make_folder, make_place, option, parse, replace_file, run  # noqa: E402
 
 MOST = 1_000_000  # samples times timesteps in an iteration: 2.4 GB

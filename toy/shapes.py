@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/shapes.py` finds cli.py
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
 import tiny_world
 
 import cli

@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/words.py` finds cli.py
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
 import tiny_world
 
 import cli
