@@ -74,6 +74,9 @@ class Comparison:
         if (world, name) not in self.searches:
             before = itertools.takewhile(lambda earlier: earlier != world, COMPARED)
             elsewhere = [self.search(earlier, name).best for earlier in before]
+            if name == "DGPO with dials":
+                plain = self.search(world, "DGPO").best
+                elsewhere.append(dataclasses.replace(plain, bound=2.0, ema=plain.ema or 0.9))
             self.searches[world, name] = search(self.results.runs, world, name, elsewhere)
         return self.searches[world, name]
 
@@ -334,7 +337,8 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   counting as the whole budget. In brackets: its 95 % interval, a percentile bootstrap over seeds.
 - **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
   scripts, the same with cheaper steps, what an earlier version of this comparison chose, what was
-  chosen in the worlds before, {DRAWN} settings drawn at random and {AROUND} around the best in each
+  chosen in the worlds before (for DGPO with dials, also what plain DGPO chose in this world, with a
+  bound of 2), {DRAWN} settings drawn at random and {AROUND} around the best in each
   of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as {PENALTY} budgets. The
   last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the
   best lies is widened and searched again, as the table says.
