@@ -170,7 +170,7 @@ Written by `python toy/compare_sd35.py --table` from the runs kept beside this f
   nine of ten evaluations until {FOLLOWED:g} times the cost. A run that does not arrive counts as
   the whole budget of {" and ".join(f"{w.budget:,}" for w in WORLDS.values())} forwards, and the
   cost is then a lower bound (>). In brackets: the cheapest and the dearest seed.
-- **Search**: as many settings as the table says, by successive halving on seeds that are not
+- **Search**: as many settings as the table says, by successive halving on one seed that is not
   reported. A setting works if the first rung, an eighth of the budget, brings it {WORKS:.0%} of the
   way to the goal.
 - **Ratio**: of the geometric means, with Welch's 95 % interval over the logarithms of the seeds'
