@@ -7,7 +7,6 @@ What a person reads of a run is written by records.py.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 import io
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import get_peft_model_state_dict
@@ -119,13 +117,6 @@ def begin(out: Path, args: Any, done: int = 0) -> None:
         records.cut_metrics(out / "metrics.jsonl", done)
     text = json.dumps(vars(args), indent=1)
     replace_file(out / "arguments.json", lambda new: new.write_text(text))
-
-
-def as_config(args: Any) -> str:
-    """The arguments as a file for --config."""
-    settings = {**dataclasses.asdict(args), "config": None, "print_arguments": False}
-    settings["micro_batch_size"] = int(args.micro_batch_size) or "auto"
-    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -116,10 +116,7 @@ def warn_of_not_finite(step: int, name: str, scores: Tensor, chosen: list[dict])
 
 
 def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """Means over the groups of all processes that were trained on, or None where there is none.
-
-    All but the KL's are over those groups only that have a preference.
-    """
+    """Means over all processes' groups with a preference, the KL's over all groups. Or None."""
     names = ("loss", "gap", "gate", "clipped", "kl")
     found = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
     rows = gather_object(found)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import config
 from cli import Fault, Stopped, first_line, option
 
 # The settings of the authors' released trainer, github.com/Luo-Yihong/DGPO at commit 01ceb4b, read
@@ -249,7 +250,7 @@ class Arguments:
 
 def read_arguments(arguments: type = Arguments, argv: list[str] | None = None) -> Any:
     """The command line, with --config and the released settings, as far as no library is needed."""
-    args = cli.parse_with_config(arguments, sys.argv[1:] if argv is None else argv)
+    args = config.parse_with_config(arguments, sys.argv[1:] if argv is None else argv)
     cli.check_ranks()
     if args.resolution % 16:
         raise Fault(f"argument --resolution: must be a multiple of 16, got {args.resolution}")
@@ -823,7 +824,7 @@ def train(args: Arguments) -> None:
 def main() -> None:
     args = parse_args()
     if args.print_arguments:
-        print(checkpoints.as_config(args), end="")
+        print(config.as_config(args), end="")
         return
     try:
         train(args)

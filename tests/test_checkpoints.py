@@ -183,24 +183,23 @@ def test_a_folder_with_files_of_another_is_refused(tmp_path):
 
 
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
-    """The lock is a process's: another is refused until this one ends."""
-    program = (
-        "import sys, checkpoints, types\n"
-        "about = types.SimpleNamespace(output_dir=sys.argv[1], resume_from_checkpoint=None)\n"
-        "try: checkpoints.claim_folder(about)\n"
-        "except checkpoints.Fault as fault: sys.exit(str(fault))\n"
-        "print('claimed', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    pipe = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    about = {"cwd": ROOT, "text": True, **pipe}
-    other = subprocess.Popen(command, **about)
-    assert other.stdout.readline() == "claimed\n"
+    """The lock is a process's: another is refused until this one ends, be it that it is killed."""
     args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+    here, there = os.pipe()
+    other = os.fork()
+    if not other:
+        try:
+            checkpoints.claim_folder(args)
+            os.write(there, b"claimed")
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(there)
+    assert os.read(here, 7) == b"claimed"
     with pytest.raises(Fault, match="a run is at work in .*; give another folder"):
         checkpoints.claim_folder(args)
-    other.communicate()
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
     assert checkpoints.claim_folder(args) == tmp_path == checkpoints.claim_folder(args)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import cli
+import config
 import train_sd35
 
 
@@ -73,14 +74,14 @@ BAD_CONFIGS = {
 def test_a_config_as_the_world_writes_it(content, tmp_path):
     file = tmp_path / ("run.json" if content[0] == "{" else "run.yaml")
     file.write_bytes(content.encode())
-    assert cli.read_config(str(file), train_sd35.Arguments) == CONFIGS[content]
+    assert config.read_config(str(file), train_sd35.Arguments) == CONFIGS[content]
 
 
 @pytest.mark.parametrize("content", BAD_CONFIGS)
 def test_a_bad_config_is_one_line_with_its_number(content, tmp_path):
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(cli.Fault) as fault:
-        cli.read_config(str(tmp_path / "run.yaml"), train_sd35.Arguments)
+        config.read_config(str(tmp_path / "run.yaml"), train_sd35.Arguments)
     assert f"run.yaml, {BAD_CONFIGS[content]}" in str(fault.value) or (
         BAD_CONFIGS[content] in str(fault.value) and "line" not in BAD_CONFIGS[content][:5]
     )

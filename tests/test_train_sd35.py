@@ -362,7 +362,6 @@ VARIANTS = {
     "several rewards": {"reward": [f"{REWARD}:brightness", f"{REWARD}:darkness=0.5"]},
     "no clip, no KL": {"clip": 0, "kl": 0},
     "std of the group": {"std": "group"},
-    "gradient checkpointing": {"gradient_checkpointing": True},
     "beyond the paper": {"train_samples": 2, "bound": 2, "updates_per_rollout": 2},
 }
 
