@@ -22,7 +22,6 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 FIGURES = (".png", ".jpg", ".pdf", ".svg", ".webp")  # endings that matplotlib knows
 LONGEST = 600  # characters of a line
-LAUNCH = "start by torchrun or accelerate launch"
 
 
 class Fault(Exception):
@@ -166,7 +165,8 @@ def check_ranks() -> None:
     """Raises Fault if what the environment says of several processes cannot be."""
 
     def fault(name: str, what: str, these: str = "it") -> Fault:
-        return Fault(f"environment variable {name}: {what}; {LAUNCH}, or unset {these}")
+        advice = f"start by torchrun or accelerate launch, or unset {these}"
+        return Fault(f"environment variable {name}: {what}; {advice}")
 
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
     found = {name: os.environ[name] for name in names if name in os.environ}
@@ -194,8 +194,10 @@ def launching() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        line = first_line(error)
-        raise Fault(f"cannot start this process of several ({line}); {LAUNCH}") from None
+        raise Fault(
+            f"cannot start this process of several ({first_line(error)}); start all by torchrun or "
+            "accelerate launch"
+        ) from None
 
 
 def signal_check() -> Callable[[], None]:
@@ -214,11 +216,11 @@ def signal_check() -> Callable[[], None]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, receive)
 
-    def check() -> None:
+    def obey() -> None:
         if received:
             raise Stopped
 
-    return check
+    return obey
 
 
 def verdict(error: BaseException) -> tuple[int, str] | None:

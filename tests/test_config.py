@@ -51,8 +51,6 @@ CONFIGS = {
     "\ufeffbeta: 1.5\r\nkl: 0\r\n": ["--beta=1.5", "--kl=0"],
     '{\n\t"beta": 1,\n\t"offline": true\n}': ["--beta=1", "--offline"],
 }
-
-
 BAD_CONFIGS = {
     "beta: 1\nkl: [1, 2]": "line 2: kl takes one value",
     "beta: {a: 1}": "line 1: beta takes one value",

@@ -37,8 +37,6 @@ PUBLISHED = {
     ("ocr", "cfg_free_ema"): (16, 8, 2000, 0.001, 1e-5, "batch", 7, 1.0, 4.5, 200, True, 2, 10),
     ("geneval", "cfg_free_ema"): (16, 8, 2000, 1e-3, 1e-5, "group", 5, 1.0, 4.5, 500, True, 2, 10),
 }
-
-
 COLUMNS = (
     "group_size prompts_per_step beta kl clip std trained guidance_scale "
     "reference_guidance_scale old_after ema_reference ema_updates eval_inference_steps"
@@ -187,6 +185,8 @@ def test_the_help_shows_every_default_also_where_a_recipe_has_it(capsys, monkeyp
 
 
 NO_DEFAULT = "reward reward_model eval_reward resume_from_checkpoint config".split()
+
+
 TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 BAD_RANKS = {
     "WORLD_SIZE": ["two", "-1", "0", "", "1.5"],
