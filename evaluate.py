@@ -128,7 +128,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards
-from records import check_lora, is_first_process, launching, sheet
+from checkpoints import check_lora
+from records import sheet
 from rewards.ocr import QUOTED
 from sd35 import decode, load_lora, load_pipeline
 
@@ -196,7 +197,7 @@ def claim_folder(args: Arguments, texts: list[str]) -> None:
         if before.get(name) != drawn[name]:
             where = f"argument --output_dir: {args.output_dir}"
             raise Fault(f"{where} holds pictures of another {name}; give another folder")
-    if is_first_process():
+    if cli.is_first_process():
         replace_file(kept, lambda new: new.write_text(json.dumps(drawn)))
     for variant in VARIANTS:
         make_folder(f"{args.output_dir}/images/{variant}")
@@ -377,7 +378,7 @@ def evaluate(args: Arguments) -> None:
     }
     texts = [prompt["prompt"] for prompt in prompts for _ in range(args.seeds)]
     claim_folder(args, texts)
-    with launching():
+    with cli.launching():
         state = PartialState(cpu=not torch.cuda.is_available())
     found = args.metrics or metrics_at_hand(args, prompts, state.device)
     args.metrics = list(dict.fromkeys(args.reward + found))

@@ -29,7 +29,8 @@ import records  # noqa: E402
 import rewards  # noqa: E402
 import sd35  # noqa: E402
 import train_sd35  # noqa: E402
-from cli import Fault, option, read_config  # noqa: E402
+from cli import Fault, option  # noqa: E402
+from config import read_config  # noqa: E402
 
 GRID = [2 ** (-k / 4) for k in range(24, -1, -1)]  # of the budget: where a run is evaluated
 STAYS, FOLLOWED = 0.9, 1.3  # arrived: there since in this share of evaluations, and for that long
