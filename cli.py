@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -22,7 +22,6 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 FIGURES = (".png", ".jpg", ".pdf", ".svg", ".webp")  # endings that matplotlib knows
 LONGEST = 600  # characters of a line
-TRUE, FALSE, NULL = ("true", "yes", "on"), ("false", "no", "off"), ("", "~", "null")  # YAML's
 
 
 class Fault(Exception):
@@ -92,73 +91,6 @@ def parse(arguments: type, argv: list[str]) -> Any:
     return args
 
 
-def read_config(path: str, arguments: type) -> list[str]:
-    """A YAML or JSON file's arguments, as a command line has them. Raises Fault, with the line."""
-    import yaml
-
-    def fault(mark: Any, what: str) -> Fault:
-        line = f", line {mark.line + 1}" if mark else ""
-        return Fault(f"argument --config: {path}{line}: {what}")
-
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        text = text.expandtabs() if path.endswith(".json") else text
-        tree = yaml.compose(text, yaml.BaseLoader)  # all as it is written: `no` may be a word
-    except yaml.MarkedYAMLError as error:
-        raise fault(error.problem_mark, f"this is not YAML ({error.problem})") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise Fault(f"argument --config: cannot read {path} ({first_line(error)})") from None
-    if not isinstance(tree, yaml.MappingNode):
-        raise Fault(f"argument --config: {path} must have a line 'argument: value' for each")
-
-    fields = {}
-    for field in dataclasses.fields(arguments):
-        for name in (field.name, *field.metadata["aliases"]):
-            fields[name.removeprefix("--")] = field
-    found: dict[str, list[str]] = {}
-    for key, node in tree.value:
-        field = fields.get(str(key.value).replace("-", "_"))
-        if not field:
-            name = key.value if isinstance(key, yaml.ScalarNode) else "of that kind"
-            raise fault(key.start_mark, f"there is no argument {name}")
-        if field.name in found:
-            raise fault(key.start_mark, f"{field.name} is there already")
-        many = field.default_factory is not dataclasses.MISSING
-        nodes = node.value if isinstance(node, yaml.SequenceNode) and many else [node]
-        if not all(isinstance(value, yaml.ScalarNode) for value in nodes):
-            needed = "values, and no list in a list" if many else "one value"
-            raise fault(node.start_mark, f"{field.name} takes {needed}")
-        words = [value.value for value in nodes]
-        null = nodes == [node] and node.style is None and words[0].lower() in NULL
-        if null or not words:
-            found[field.name] = []
-        elif field.type == "bool":
-            if words[0].lower() not in TRUE + FALSE:
-                raise fault(node.start_mark, f"{field.name} must be true or false, got {words[0]}")
-            found[field.name] = [
-                f"--{field.name}" if words[0].lower() in TRUE else f"--no_{field.name}"
-            ]
-        elif any(word.startswith("-") for word in words) and many:
-            raise fault(node.start_mark, f"{field.name} takes no value that begins with -")
-        else:
-            found[field.name] = (
-                [f"--{field.name}", *words] if many else [f"--{field.name}={words[0]}"]
-            )
-    return [word for words in found.values() for word in words]
-
-
-def parse_with_config(arguments: type, argv: list[str]) -> Any:
-    """As `parse`, but what the file of --config says comes before the command line, which wins."""
-    args = parse(arguments, argv)
-    if not args.config:
-        return args
-    line = read_config(args.config, arguments)
-    try:
-        return parse(arguments, [*line, *argv])
-    except Fault as fault:
-        raise Fault(f"{args.config}: {fault}") from None
-
-
 def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
     """Words "name=path" as a dictionary. Raises Fault if one is no such pair, or comes twice."""
     found: dict[str, str] = {}
@@ -181,14 +113,16 @@ def first_line(error: BaseException) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """What an object in a file holds; nothing if there is no file. Raises Fault."""
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
-        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        if not path.is_file():
+            raise ValueError("it is no file")
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        return found
     except (OSError, ValueError, RecursionError) as error:
         raise Fault(f"cannot read {path} ({first_line(error)}); mend or delete it") from None
-    if not isinstance(found, dict):
-        raise Fault(f"cannot read {path} (it holds no JSON object); mend or delete it")
-    return found
 
 
 def make_folder(name: str, flag: str = "output_dir", file: str = "") -> Path:
@@ -229,27 +163,41 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 def check_ranks() -> None:
     """Raises Fault if what the environment says of several processes cannot be."""
+
+    def fault(name: str, what: str, these: str = "it") -> Fault:
+        advice = f"start by torchrun or accelerate launch, or unset {these}"
+        return Fault(f"environment variable {name}: {what}; {advice}")
+
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
     found = {name: os.environ[name] for name in names if name in os.environ}
-    advice = "start by torchrun or accelerate launch, or unset it"
     for name, word in found.items():
         if not re.fullmatch("[0-9]{1,9}", word) or (name == "WORLD_SIZE" and int(word) == 0):
-            raise Fault(f"environment variable {name}: must be a number, got {word!r}; {advice}")
+            raise fault(name, f"must be a number, got {word!r}")
     size = int(found.get("WORLD_SIZE", "1"))
     for name in names[1:]:
         if int(found.get(name, "0")) >= size:
-            word = found[name]
-            raise Fault(
-                f"environment variable {name}: must be below WORLD_SIZE, {size}, got {word}; "
-                f"{advice}"
-            )
+            raise fault(name, f"must be below WORLD_SIZE, {size}, got {found[name]}")
     if size > 1 or "LOCAL_RANK" in found:
         for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
-                raise Fault(
-                    f"environment variable {name}: is not set, as it is by a launcher; "
-                    "start by torchrun or accelerate launch, or unset the others"
-                )
+                raise fault(name, "is not set, as it is by a launcher", "the others")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, also before the processes know each other."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def launching() -> Iterator[None]:
+    """A process that does not find the others ends in one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise Fault(
+            f"cannot start this process of several ({first_line(error)}); start all by torchrun or "
+            "accelerate launch"
+        ) from None
 
 
 def signal_check() -> Callable[[], None]:
@@ -268,11 +216,11 @@ def signal_check() -> Callable[[], None]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, receive)
 
-    def check() -> None:
+    def obey() -> None:
         if received:
             raise Stopped
 
-    return check
+    return obey
 
 
 def verdict(error: BaseException) -> tuple[int, str] | None:

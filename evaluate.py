@@ -130,7 +130,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards
-from records import check_lora, is_first_process, launching, lock_folder, sheet
+from checkpoints import check_lora, lock_folder
+from records import sheet
 from rewards.ocr import QUOTED
 from sd35 import decode, load_lora, load_pipeline
 
@@ -195,7 +196,7 @@ def claim_folder(args: Arguments, texts: list[str]) -> None:
     other; the first one locks and writes.
     """
     out = make_folder(args.output_dir)
-    if is_first_process():
+    if cli.is_first_process():
         lock_folder(out)
     drawn = {name: getattr(args, name) for name in (*OF_THE_RUN, "num_inference_steps", "seeds")}
     drawn["texts"] = texts
@@ -210,7 +211,7 @@ def claim_folder(args: Arguments, texts: list[str]) -> None:
         if before.get(name) != drawn[name]:
             where = f"argument --output_dir: {args.output_dir}"
             raise Fault(f"{where} holds pictures of another {name}; give another folder")
-    if is_first_process():
+    if cli.is_first_process():
         replace_file(kept, lambda new: new.write_text(json.dumps(drawn)))
         for variant in VARIANTS:
             make_folder(f"{out}/images/{variant}")
@@ -391,7 +392,7 @@ def evaluate(args: Arguments) -> None:
     }
     texts = [prompt["prompt"] for prompt in prompts for _ in range(args.seeds)]
     claim_folder(args, texts)
-    with launching():
+    with cli.launching():
         state = PartialState(cpu=not torch.cuda.is_available())
     found = args.metrics or metrics_at_hand(args, prompts, state.device)
     args.metrics = list(dict.fromkeys(args.reward + found))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import cli
+import config
 from cli import Fault, option
 
 # The settings of the authors' released trainer, github.com/Luo-Yihong/DGPO at commit 01ceb4b, read
@@ -234,7 +235,7 @@ class Arguments:
 
 def read_arguments(arguments: type = Arguments, argv: list[str] | None = None) -> Any:
     """The command line, with --config and the released settings, as far as no library is needed."""
-    args = cli.parse_with_config(arguments, sys.argv[1:] if argv is None else argv)
+    args = config.parse_with_config(arguments, sys.argv[1:] if argv is None else argv)
     cli.check_ranks()
     if args.resolution % 16:
         raise Fault(f"argument --resolution: must be a multiple of 16, got {args.resolution}")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import config
 from cli import Fault, Stopped, first_line
 from recipes import Arguments, read_arguments, task_of
 
@@ -43,6 +44,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import dgpo
 import prompts as prompt_sets
 import records
@@ -261,7 +263,7 @@ class Trainer:
         for name, (weight, _) in self.trained_on.items():
             found[name] = weight, torch.tensor([row[name] for row in rows])
             if self.accelerator.is_main_process:
-                records.tell_of_bad_scores(step, name, found[name][1], chosen)
+                records.warn_of_not_finite(step, name, found[name][1], chosen)
         return latents, found
 
     def score(self, images: Tensor, prompt: dict, clock: Clock) -> dict[str, list[float]] | str:
@@ -299,7 +301,7 @@ class Trainer:
                 stopped = True
             if self.reduce_gradients(stopped):
                 if before:
-                    records.assign(theta, before[0])
+                    checkpoints.assign(theta, before[0])
                     self.optimizer.load_state_dict(before[1])
                 raise Stopped
             norms.append(self.update(anywhere))  # line 14
@@ -364,7 +366,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.theta, self.args.max_grad_norm).item()
         if trained and math.isfinite(norm):
             self.optimizer.step()
-            if not records.is_finite(self.model.theta):
+            if not checkpoints.is_finite(self.model.theta):
                 raise Fault("theta is no longer finite; begin anew with a lower --learning_rate")
         return norm if math.isfinite(norm) else None
 
@@ -395,7 +397,7 @@ class Trainer:
             state = {"step": self.done, "bad_steps": self.bad_steps}
             state["optimizer"] = self.optimizer.state_dict()
             out, limit = Path(self.args.output_dir), self.args.checkpoints_total_limit
-            records.save_checkpoint(out, self.model, state, limit)
+            checkpoints.save(out, self.model, state, limit)
 
     @property
     def picture(self) -> Path:
@@ -422,7 +424,7 @@ def launch(args: Arguments) -> Accelerator:
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     tracker = None if args.report_to == "none" else args.report_to
     about = {"log_with": tracker, "project_dir": args.output_dir}
-    with records.launching():
+    with cli.launching():
         return Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **about)
 
 
@@ -500,17 +502,17 @@ def fit_micro_batch(trainer: Trainer) -> int:
 
 def train(args: Arguments) -> None:
     """Algorithm 1, from the first step or a checkpoint to the last, and what it leaves on disk."""
-    out = records.claim_folder(args)
-    state = records.find_checkpoint(out, args.resume_from_checkpoint)
+    out = checkpoints.claim_folder(args)
+    state = checkpoints.find(out, args.resume_from_checkpoint)
     done = state["step"] if state else 0
-    if records.nothing_to_do(out, args, done):
+    if checkpoints.nothing_to_do(out, args, done):
         return
     training, validation = read_prompts(args)
-    if args.push_to_hub and records.is_first_process():
+    if args.push_to_hub and cli.is_first_process():
         records.make_repository(args)
     accelerator = launch(args)
     main, metrics_file = accelerator.is_main_process, out / "metrics.jsonl"
-    records.announce(args, accelerator, training, validation, done)
+    checkpoints.announce(args, accelerator, training, validation, done)
     fits = (args.resolution, args.rank)
     pipe = sd35.load_pipeline(args.pretrained_model_name_or_path, precision(args), fits)
     encode = sd35.Encoder(pipe, args.max_sequence_length, accelerator.device)
@@ -519,9 +521,9 @@ def train(args: Arguments) -> None:
     trainer.trained_on = load_rewards(args, accelerator.device, "reward")
     watched = load_rewards(args, accelerator.device, "eval_reward")
     if state:
-        trainer.done, trainer.bad_steps = records.resume(state, model, trainer.optimizer)
+        trainer.done, trainer.bad_steps = checkpoints.resume(state, model, trainer.optimizer)
     if main:
-        records.begin(out, args, done)
+        checkpoints.begin(out, args, done)
         records.start_trackers(accelerator, args)
 
     def texts_of(step: int) -> list[str]:
@@ -573,7 +575,7 @@ def train(args: Arguments) -> None:
         saved = Stopped("stopped, and saved; continue with --resume_from_checkpoint latest")
         raise (saved if isinstance(end, Stopped) else end) from None
     if main:
-        records.save_lora(model, out)
+        checkpoints.save_lora(model, out)
         records.write_card(args, metrics_file)
         tqdm.write(f"wrote {out / sd35.LORA_FILE}")
     accelerator.end_training()
@@ -584,7 +586,7 @@ def train(args: Arguments) -> None:
 def main() -> None:
     args = parse_args()
     if args.print_arguments:
-        print(records.as_config(args), end="")
+        print(config.as_config(args), end="")
         return
     try:
         train(args)

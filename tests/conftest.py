@@ -1,9 +1,11 @@
 import copy
 import json
+import signal
 
 import flow2d
 import pytest
 import shapes
+import tiny_run
 import tiny_sd35
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
@@ -15,6 +17,15 @@ from rewards import geneval
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """A run takes SIGINT and SIGTERM; after each test they are whose they were."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +79,14 @@ def tiny(tmp_path_factory):
     lines = [json.dumps(prompt) + "\n" for prompt in shapes.prompt_list()[:20]]
     (folder / "prompts.jsonl").write_text("".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def plain(tiny, tmp_path_factory):
+    """The run that others are compared with."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    tiny_run.run(tiny, out)
+    return out
 
 
 @pytest.fixture

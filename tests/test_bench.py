@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import shapes
 import torch
-from test_train_sd35 import flags
+from tiny_run import flags
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench

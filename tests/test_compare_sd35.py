@@ -218,7 +218,7 @@ def test_dgpo_is_the_trainer_bit_for_bit(tiny, tmp_path, monkeypatch):
 def small_world(tiny, monkeypatch, budget=8000, goal=2.0, **changed):
     """Makes "shapes" a world of the tiny pipeline and a reward of its own."""
     monkeypatch.setattr(family_sd35, "config", lambda world: flags(tiny, **changed))
-    monkeypatch.setitem(family_sd35.WORLDS, "shapes", World("cleanness", goal, budget, 2, 1))
+    monkeypatch.setitem(family_sd35.WORLDS, "shapes", World("cleanness", goal, goal, budget, 2, 1))
 
 
 STEPS = {
@@ -358,8 +358,9 @@ def test_a_search_halves_and_prefers_what_arrives():
     assert found.best["learning_rate"] == goal and found.tried == 12 and found.work >= 1
     budget = family_sd35.WORLDS["words"].budget
     counted = [sum(asked == budget / of for *_, asked in results.asked) for of in (8, 2, 1)]
-    assert counted == [12, 4, 4]  # the last rung has two seeds
-    assert not {seed for _, seed, _ in results.asked} & {*compare_sd35.FRESH_SEEDS}
+    assert counted == [12, 4, 2]
+    assert {seed for _, seed, _ in results.asked} == {compare_sd35.TUNING_SEED}
+    assert compare_sd35.TUNING_SEED not in compare_sd35.FRESH_SEEDS
     variant = compare_sd35.chosen(results, "words", "DGPO offline", 12)
     assert variant.best == found.best | {"offline": True}
 
@@ -386,9 +387,12 @@ def test_the_table_says_how_many_settings_and_seeds(tmp_path):
     found["Flow-GRPO"] = Report(about, arriving(200_000, None, 300_000))
     cells = dict(zip(report_sd35.HEADER, report_sd35.row("words", "Flow-GRPO", found), strict=True))
     assert cells["settings tried"] == "5" and cells["that work"] == "4 of 5"
-    assert cells["seeds that arrive"] == "2 of 3"
-    assert cells["cost, thousands of forwards"] == "> 300 (200 to 400)"
-    assert cells["cost over that of DGPO with dials"].startswith("> ")
+    assert cells["arrived"] == "2 of 3" and cells["cost to arrive"] == "> 300 (200 to 400)"
+    assert cells["ratio"].startswith("> ")
+    seen = [(0, 0.5), (20_000, 0.92), (100_000, 0.93), (400_000, 0.95)]
+    late = Run(400_000, [Evaluation(cost, 0.0, accuracy, 0.0) for cost, accuracy in seen])
+    assert report_sd35.cost_cells([late]) == ["0 of 1", "> 400 (400 to 400)"]
+    assert report_sd35.cost_cells(report_sd35.nearing("words", [late]))[1] == "20 (20 to 20)"
     report_sd35.plot(tmp_path / "figure.png", {"words": found, "shapes": found})
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
@@ -410,7 +414,7 @@ def comparison(out):
     os.environ["RUNS"] = str(out)
     sys.stdout, sys.stderr = (out / "stdout").open("w"), (out / "stderr").open("w")
     compare_sd35.run_setting = slow_run
-    compare_sd35.PASSES = {3: ((1, 1 / 8, 1),)}
+    compare_sd35.PASSES = {3: ((1 / 8, 1),)}
     compare_sd35.ORDER = [("shapes", "DGPO"), ("shapes", "Flow-GRPO")]
     compare_sd35.digest = lambda world: "tiny"
     line = ["--full", "--out", str(out)]
@@ -428,7 +432,7 @@ def test_without_flags_it_is_shown_again_beside_what_was_reported(tmp_path, monk
             "evaluations": [[0, 0, 0.5, 0], [75_000, 1, share, 0], [600_000, 2, 0.7, 0]],
         }
         for setting, share in zip(settings, (0.66, 0.61), strict=True)
-        for seed in (*compare_sd35.FRESH_SEEDS, *compare_sd35.TUNING_SEEDS)
+        for seed in (*compare_sd35.FRESH_SEEDS, compare_sd35.TUNING_SEED)
     }
     text = json.dumps({"version": 1, "pipeline": "tiny", "runs": kept})
     (tmp_path / "shapes-family.json").write_text(text)

@@ -349,7 +349,7 @@ def test_two_evaluations_in_one_folder_do_not_interleave(tiny, loras, prompts, t
     """The lock is a process's, so the other one is another process."""
     out = tmp_path / "out"
     out.mkdir()
-    code = f"import records; records.lock_folder(records.Path({str(out)!r})); print(input('in'))"
+    code = f"from checkpoints import *; lock_folder(Path({str(out)!r})); print(input('in'))"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
         assert other.stdout.read(2) == "in"

@@ -1,185 +1,23 @@
-"""What a run leaves in its folder. The runs of test_train_sd35.py leave it and go on from it."""
+"""What a person reads of a run."""
 
-import hashlib
 import json
 import resource
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
+from huggingface_hub.utils import filter_repo_objects
 from matplotlib.axes import Axes
 from PIL import Image
+from tiny_run import REWARD, lora, run
 
 import records
 import rewards
+import sd35
+import train_sd35
 from cli import Fault
-
-
-def save(out, model, step, limit=2):
-    state = {"step": step, "bad_steps": 0, "optimizer": {}}
-    records.save_checkpoint(out, model, state, limit)
-
-
-def test_a_checkpoint_gives_back_what_it_was_given(tiny_model, tmp_path):
-    kept = [
-        [x.detach().clone() for x in part]
-        for part in (tiny_model.theta, tiny_model.old, tiny_model.average)
-    ]
-    save(tmp_path, tiny_model, 7)
-    for part in (tiny_model.theta, tiny_model.old, tiny_model.average):
-        for x in part:
-            x.data.zero_()
-    state = records.find_checkpoint(tmp_path, "latest")
-    records.restore(tiny_model, state)
-    assert state["step"] == 7 and records.find_checkpoint(tmp_path, None) is None
-    for part, values in zip(
-        (tiny_model.theta, tiny_model.old, tiny_model.average), kept, strict=True
-    ):
-        assert all(torch.equal(*pair) for pair in zip(part, values, strict=True))
-
-
-def test_the_newest_that_is_whole_is_taken_and_the_oldest_go(tiny_model, tmp_path):
-    for step in (1, 2, 10):
-        save(tmp_path, tiny_model, step)
-    assert [path.name for path in records.checkpoints(tmp_path)] == [
-        "checkpoint-10",
-        "checkpoint-2",
-    ]
-    newest = tmp_path / "checkpoint-10"
-    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-1])
-    with pytest.raises(Fault, match="checkpoint-10 is missing or damaged .its checksum is another"):
-        records.find_checkpoint(tmp_path, str(newest))
-    assert records.find_checkpoint(tmp_path, "latest")["step"] == 2
-    assert records.find_checkpoint(tmp_path, "checkpoint-2")["step"] == 2  # by its name
-    records.begin(tmp_path, SimpleNamespace(), 2)
-    (damaged,) = tmp_path.glob("aside-*")
-    assert damaged.name.startswith("aside-checkpoint-10-")
-    (tmp_path / "checkpoint-2" / "state.pt").unlink()
-    with pytest.raises(Fault, match="checkpoint-2 is missing or damaged .*, and so are all in"):
-        records.find_checkpoint(tmp_path, "latest")
-    assert records.find_checkpoint(tmp_path / "checkpoint-2", "latest") is None  # none is there
-
-
-def test_rubbish_in_a_checkpoint_is_one_line(tiny_model, tmp_path):
-    save(tmp_path, tiny_model, 3)
-    folder = tmp_path / "checkpoint-3"
-    whole = records.load_checkpoint(folder)
-    for rubbish in ([1], {"step": 3}, {**whole, "step": "x"}, dict.fromkeys(records.STATE, "x")):
-        torch.save(rubbish, folder / "state.pt")
-        digest = hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest()
-        (folder / "complete.json").write_text(json.dumps({"sha256": digest}))
-        with pytest.raises(Fault, match="checkpoint-3 is missing or damaged") as fault:
-            records.load_checkpoint(folder)
-        assert "\n" not in str(fault.value)
-    for rubbish in ("", "[1]", "{}", "[" * 100_000):
-        (folder / "complete.json").write_text(rubbish)
-        with pytest.raises(Fault, match="checkpoint-3 is missing or damaged"):
-            records.load_checkpoint(folder)
-
-
-@pytest.mark.parametrize("part", [[], [torch.zeros(3)], "x"])
-def test_a_checkpoint_of_another_lora_is_one_line(part, tiny_model, tmp_path):
-    save(tmp_path, tiny_model, 3)
-    state = records.load_checkpoint(tmp_path / "checkpoint-3")
-    with pytest.raises(Fault, match="--resume_from_checkpoint: the checkpoint is of another LoRA"):
-        records.resume({**state, "parameters": part}, tiny_model, torch.optim.SGD(tiny_model.theta))
-
-
-def test_what_is_not_named_as_a_checkpoint_is_none(tmp_path):
-    for name in ("checkpoint-x", "checkpoint-²", "checkpoint-3.bak", "checkpoint-", "checkpoint-4"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-5").write_text("a file")
-    assert [path.name for path in records.checkpoints(tmp_path)] == ["checkpoint-4"]
-
-
-def test_what_came_half_written_goes_and_metrics_are_cut(tmp_path):
-    (tmp_path / "validation").mkdir()
-    (tmp_path / ".checkpoint-abc").mkdir()
-    for name in (".12-curves.png", "validation/.3-step-000001.png", ".keep"):
-        (tmp_path / name).write_text("half")
-    metrics = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": n, "reward": n / 3}) for n in (1, 2, 3)]
-    rubbish = ["[1]", "{}", '{"step": "x"}', "[" * 100_000, "\0", '{"step": 2, "rew']
-    metrics.write_text("\n".join([*lines, *rubbish]))
-    records.begin(tmp_path, SimpleNamespace(), 2)
-    assert metrics.read_text().splitlines() == lines[:2] and metrics.read_text()[-1] == "\n"
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert left == {".keep", "arguments.json", "metrics.jsonl", "validation"}
-
-
-def test_a_folder_is_one_runs_and_the_run_may_change_what_is_not_of_its_steps(tmp_path):
-    out = tmp_path / "run"
-    args = SimpleNamespace(
-        output_dir=str(out),
-        resume_from_checkpoint=None,
-        lr_scheduler="cosine",
-        max_train_steps=5,
-        beta=1.0,
-        micro_batch_size=4,
-    )
-    records.begin(records.claim_folder(args), args)
-    (out / "checkpoint-1").mkdir()
-    with pytest.raises(Fault, match="holds a run; continue it with --resume_from_checkpoint"):
-        records.claim_folder(args)
-    args.resume_from_checkpoint, args.micro_batch_size = "latest", 1
-    assert records.claim_folder(args) == out
-    args.max_train_steps = 6  # which a cosine's learning rates depend on
-    with pytest.raises(Fault, match="--max_train_steps: the run in .* has 5, got 6; a cosine's"):
-        records.claim_folder(args)
-    args.lr_scheduler = "constant"
-    with pytest.raises(Fault, match="argument --lr_scheduler: the run in .* has cosine"):
-        records.claim_folder(args)
-
-
-def test_until_its_first_checkpoint_a_folder_holds_no_run(tmp_path):
-    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, resolution=500)
-    records.begin(records.claim_folder(args), args)
-    records.add_line(tmp_path / "metrics.jsonl", {"step": 1})
-    args.resolution = 512
-    records.begin(records.claim_folder(args), args)
-    assert json.loads((tmp_path / "arguments.json").read_text())["resolution"] == 512
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_a_folder_with_files_of_another_is_refused(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
-    with pytest.raises(Fault, match="holds README.md, and no run; give a new folder"):
-        records.claim_folder(args)
-    assert (tmp_path / "README.md").read_text() == "mine"
-
-
-def test_a_folder_is_one_runs_at_a_time(tmp_path):
-    """The lock is a process's: another is refused until this one ends."""
-    program = (
-        "import sys, records, types\n"
-        "about = types.SimpleNamespace(output_dir=sys.argv[1], resume_from_checkpoint=None)\n"
-        "try: records.claim_folder(about)\n"
-        "except records.Fault as fault: sys.exit(str(fault))\n"
-        "print('claimed', flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    pipe = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    about = {"cwd": Path(records.__file__).parent, "text": True, **pipe}
-    other = subprocess.Popen(command, **about)
-    assert other.stdout.readline() == "claimed\n"
-    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
-    with pytest.raises(Fault, match="a run is at work in .*; give another folder"):
-        records.claim_folder(args)
-    other.communicate()
-    assert records.claim_folder(args) == tmp_path == records.claim_folder(args)
-
-
-def test_there_is_no_checkpoint_of_no_step_nor_of_nan(tiny_model, tmp_path):
-    save(tmp_path, tiny_model, 0)
-    tiny_model.theta[-1].data[0] = torch.nan
-    save(tmp_path, tiny_model, 3)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line(tmp_path):
@@ -199,17 +37,6 @@ def test_half_a_line_is_never_left(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
-
-
-def test_every_process_looks_at_the_folder_and_one_locks_it(tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text("mine")
-    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(Fault, match="holds README.md, and no run"):
-        records.claim_folder(args)
-    assert not (tmp_path / ".lock").exists()
-    (tmp_path / "README.md").unlink()
-    assert records.claim_folder(args) == tmp_path and not list(tmp_path.iterdir())
 
 
 def test_many_pictures_are_wrapped_into_rows(tmp_path):
@@ -260,12 +87,6 @@ def test_the_card_compares_base_and_now_and_names_no_folder(tmp_path):
     assert "in 0 steps" in card(tmp_path)
 
 
-def test_processes_that_see_other_checkpoints_are_told(monkeypatch):
-    monkeypatch.setattr(records, "gather_object", lambda own: [*own, 7])
-    with pytest.raises(Fault, match="not all processes see the same checkpoints in out; give"):
-        records.announce(SimpleNamespace(output_dir="out"), None, [], [], 3)
-
-
 def test_a_tracker_that_cannot_start_is_one_line():
     def refuse(*about):
         raise RuntimeError("log in first\nby this and that")
@@ -303,3 +124,71 @@ def test_a_sheet_shows_its_pictures():
     for y in (0, 102, 124, 226):  # heading and captions of each row
         assert (shown[y : y + 22, :80] < 128).any()
     assert records.sheet([], 80).size == (80, 124)
+
+
+def test_a_tracker_gets_the_numbers_and_the_pictures(tiny, tmp_path, monkeypatch):
+    logged, shown = [], []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "own", False, None
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step, **more):
+            logged.append((step, values))
+
+        def log_images(self, values, step, **more):
+            shown.append((step, values["validation"].shape))
+
+    launch = train_sd35.launch
+    monkeypatch.setattr(
+        train_sd35, "launch", lambda args: launch_with(launch(args), Tracker(_blank=True))
+    )
+    run(tiny, tmp_path / "run", validation_steps=2)
+    assert [step for step, _ in logged] == [1, 2, 3]
+    assert logged[0][1]["learning_rate"] == 3e-4
+    assert f"eval/{REWARD}:brightness" in logged[1][1]
+    assert shown == [(2, (1, 472, 384, 3)), (3, (1, 472, 384, 3))]
+
+
+def launch_with(accelerator, tracker):
+    accelerator.log_with = [tracker]
+    return accelerator
+
+
+def test_a_run_is_pushed_to_the_hub_in_the_end_and_a_failed_upload_loses_nothing(
+    tiny, tmp_path, monkeypatch
+):
+    out, hub = tmp_path / "run", train_sd35.huggingface_hub
+    made, uploaded = [], []
+
+    def create_repo(name, exist_ok):
+        made.append((name, exist_ok, (out / "metrics.jsonl").exists()))
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(repo_id, folder_path, allow_patterns, commit_message):
+        found = filter_repo_objects(
+            sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()),
+            allow_patterns=allow_patterns,
+        )
+        uploaded.append((repo_id, list(found)))
+        raise RuntimeError("502 Server Error\nmore")
+
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    said = r"is finished and is in .*cannot be uploaded .502 Server Error.; .*hf upload me/lora"
+    with pytest.raises(Fault, match=said):
+        run(tiny, out, push_to_hub=True, hub_model_id="lora", max_train_steps=1)
+    assert made == [("lora", True, False)]  # before any work
+    files = ["README.md", "curves.png", "metrics.jsonl", sd35.LORA_FILE]
+    assert uploaded == [("me/lora", [*files, "validation/step-000001.png"])]
+    assert lora(out) and 'load_lora_weights("me/lora"' in (out / "README.md").read_text()
+
+    def refused(name, exist_ok):
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr(hub, "create_repo", refused)
+    with pytest.raises(Fault, match="--push_to_hub: cannot make other on the hub .401 Unauth"):
+        run(tiny, tmp_path / "other", push_to_hub=True)

@@ -8,7 +8,7 @@ import shapes
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-import records
+import checkpoints
 import sd35
 from cli import Fault
 
@@ -100,7 +100,7 @@ def test_what_comes_between_passes_can_end_the_work(tiny_model, point):
 
 def test_a_lora_is_saved_as_the_average_and_loads_in_diffusers(tiny_model, point, tiny, tmp_path):
     x, t, _ = point
-    records.save_lora(tiny_model, tmp_path)
+    checkpoints.save_lora(tiny_model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [sd35.LORA_FILE]
     pipe = sd35.load_pipeline(str(tiny), torch.float32)
     sd35.load_lora(pipe, tmp_path)

@@ -5,7 +5,7 @@ In each world a search of the same size finds each method's setting, which then 
 and only these are reported. Finished runs are kept in toy/results/<world>.json, so that a stopped
 comparison continues; --full computes what is missing and writes toy/results/README.md. Without
 flags, the settings that were chosen run again, on seeds that no search and no report has seen, and
-are shown beside what was reported: two minutes.
+are shown beside what was reported, and what was to be expected of so few seeds: two minutes.
 """
 
 # ruff: noqa: E402 (a wrong argument is answered before the libraries are loaded)
@@ -120,6 +120,9 @@ class Comparison:
         if (world, name) not in self.searches:
             before = itertools.takewhile(lambda earlier: earlier != world, COMPARED)
             elsewhere = [self.search(earlier, name).best for earlier in before]
+            if name == "DGPO with dials":
+                plain = self.search(world, "DGPO").best
+                elsewhere.append(dataclasses.replace(plain, bound=2.0, ema=plain.ema or 0.9))
             self.searches[world, name] = search(self.results.runs, world, name, elsewhere)
         return self.searches[world, name]
 
@@ -286,9 +289,10 @@ class Comparison:
             for name, runs in zip(here, found, strict=True):
                 both = self.reported(world, name), runs
                 before, now = (figures.run_row(world, each)[:3] for each in both)
-                rows.append([world, name, *before, *now])
-        header = ["arrived", "cost, thousands", "right"]
-        header = [f"{what}, {when}" for when in ("reported", "now") for what in header]
+                rows.append([world, name, *before, figures.foreseen(both[0], len(seeds)), *now])
+        what = ["arrived", "cost, thousands", "right"]
+        header = [f"{each}, reported" for each in what]
+        header += [f"to be expected of {len(seeds)} seeds", *(f"{each}, now" for each in what)]
         return figures.table(["world", "method", *header], rows)
 
 
@@ -333,10 +337,12 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   {BUDGET:,} forwards ({BUDGETS["ring-128"]:,} in ring-128 and ring-512) ends before; then it must
   have been there for a sixth of the run.
 - **Cost to arrive** is the restricted mean: the mean over seeds, a run that does not arrive
-  counting as the whole budget. In brackets: its 95 % interval, a percentile bootstrap over seeds.
+  counting as the whole budget. In brackets: its 95 % interval, an expanded percentile
+  bootstrap over seeds (Hesterberg, arXiv:1411.5279), which for four seeds is their range.
 - **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
   scripts, the same with cheaper steps, what an earlier version of this comparison chose, what was
-  chosen in the worlds before, {DRAWN} settings drawn at random and {AROUND} around the best in each
+  chosen in the worlds before (for DGPO with dials, also what plain DGPO chose in this world, with a
+  bound of 2), {DRAWN} settings drawn at random and {AROUND} around the best in each
   of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as {PENALTY} budgets. The
   last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the
   best lies is widened and searched again, as the table says.

@@ -4,9 +4,9 @@ Figs. 3, 4 and 5 of the paper, by the trainer of train_sd35.py: the same pipelin
 rewards and optimiser, and randomness by (seed, what for, step, prompt, sample). Only the noise of a
 rollout and the gradient differ by method, see `Family`; DGPO is the trainer's own step.
 
-Every method is searched for alike: so many settings on one seed and an eighth of the budget, the
-best of these on more, and what is best runs on fresh seeds, which alone are reported. --full goes
-through PASSES, a search of few settings and then one of more, and keeps every finished run in
+Every method is searched for alike, on one seed: so many settings for an eighth of the budget, the
+best of these for longer, and what is best runs on fresh seeds, which alone are reported. --full
+goes through PASSES, a search of few settings and then one of more, and keeps every finished run in
 toy/results/<world>-family.json: stop it with Ctrl-C whenever you like, call it again to go on, and
 --table shows what there is. Without flags, what was chosen runs again for an eighth of the budget.
 """
@@ -72,12 +72,12 @@ from report_sd35 import SEEDS, WORKS, Report, Search, Tried, page
 from search import Dial, Range
 
 VERSION = 1  # of what a run means
-FRESH_SEEDS, TUNING_SEEDS, CHECK_SEED = tuple(range(SEEDS)), (100, 101), 20
-# How many settings are tried, and the rungs: seeds, share of the budget, how many go on.
+FRESH_SEEDS, TUNING_SEED, CHECK_SEED = tuple(range(SEEDS)), 100, 20
+# How many settings are tried, and the rungs: share of the budget, how many go on.
 PASSES = {
-    2: ((1, 1 / 8, 1),),
-    6: ((1, 1 / 8, 2), (1, 1 / 2, 1)),
-    12: ((1, 1 / 8, 4), (1, 1 / 2, 2), (2, 1.0, 1)),
+    2: ((1 / 8, 1),),
+    6: ((1 / 8, 2), (1 / 2, 1)),
+    12: ((1 / 8, 4), (1 / 2, 2), (1, 1)),
 }
 
 
@@ -234,23 +234,20 @@ class Results:
 # The search, and the report.
 
 
-def order(world: str, runs: list[Run]) -> tuple[float, float]:
-    """Less is better: the mean cost to arrive, then how far from the goal the runs end."""
-    n, goal = len(runs), WORLDS[world].goal
-    close = sum(min(run.end.accuracy, goal) for run in runs) / n
-    return sum(run.restricted() for run in runs) / n, -close
+def order(world: str, run: Run) -> tuple[float, float]:
+    """Less is better: the cost to arrive, then how far from the goal the run ends."""
+    return run.restricted(), -min(run.end.accuracy, WORLDS[world].goal)
 
 
 def search(results: Results, world: str, name: str, n: int) -> Search:
     """Successive halving. Raises Missing."""
     settings, work = tried(name, n), 0
-    for seeds, share, go_on in PASSES[n]:
-        tasks = [(setting, seed) for setting in settings for seed in TUNING_SEEDS[:seeds]]
+    for share, go_on in PASSES[n]:
+        tasks = [(setting, TUNING_SEED) for setting in settings]
         runs = results.runs(world, tasks, round(share * WORLDS[world].budget))
-        rows = [runs[i : i + seeds] for i in range(0, len(runs), seeds)]
         if len(settings) == n:
-            work = sum(way(world, row[0]) >= WORKS for row in rows)
-        ranked = sorted(range(len(rows)), key=lambda i: order(world, rows[i]))  # noqa: B023
+            work = sum(way(world, run) >= WORKS for run in runs)
+        ranked = sorted(range(len(runs)), key=lambda i: order(world, runs[i]))  # noqa: B023
         settings = [settings[i] for i in ranked[:go_on]]
     return Search(settings[0], n, work)
 
@@ -281,7 +278,7 @@ def first_rung(results: Results, world: str) -> list[Tried]:
     for name in METHODS:
         for setting in tried(name, max(PASSES)):
             with contextlib.suppress(Missing):
-                run = results.run(world, setting, TUNING_SEEDS[0], budget)
+                run = results.run(world, setting, TUNING_SEED, budget)
                 found.append(Tried(name, setting, run))
     return found
 

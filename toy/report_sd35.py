@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import figures
 import torch
-from family_sd35 import FOLLOWED, GRID, WORLDS, Run, Setting
+from family_sd35 import FOLLOWED, GRID, WORLDS, Run, Setting, arrival
 
 SEEDS = 3  # that a report has
 WORKS = 0.25  # a setting works if the first rung brings it this share of the way to the goal
@@ -33,7 +33,7 @@ def ratio(runs: list[Run], other: list[Run]) -> str:
     The interval is Welch's t of the logarithms, with the fewest degrees of freedom. If not all of
     the other's runs arrive, the ratio is a lower bound; if not all of the first's, there is none.
     """
-    if any(run.arrived is None for run in runs) or not other:
+    if any(run.arrived is None for run in runs) or not runs:
         return "-"
     logs = [torch.tensor([math.log(run.restricted()) for run in each]) for each in (runs, other)]
     middle = (logs[1].mean() - logs[0].mean()).exp().item()
@@ -47,34 +47,49 @@ def ratio(runs: list[Run], other: list[Run]) -> str:
     return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
 
 
-HEADER = ["world", "method", "settings tried", "that work", "seeds that arrive"]
-HEADER += ["cost, thousands of forwards", "CPU seconds", "accuracy at the end"]
-HEADER += ["quality: base, end", "cost over that of DGPO with dials"]
+HEADER = ["world", "method", "settings tried", "that work"]
+HEADER += ["arrived", "cost to arrive", "CPU seconds", "ratio"]
+HEADER += ["came near", "cost to come near", "ratio, near"]
+HEADER += ["accuracy at the end", "quality: base, end"]
 
 
 def row(world: str, name: str, found: dict[str, Report]) -> list[str]:
     about, runs = found[name]
-    there = [run for run in runs if run.arrived is not None]
-    costs = [run.restricted() / 1000 for run in runs]
-    seconds = [run.at(run.restricted()).seconds for run in runs]
-    mark = "" if len(there) == len(runs) else "> "
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     compared = found["DGPO with dials"].runs if "DGPO with dials" in found else []
+    near, compared_near = (nearing(world, each) for each in (runs, compared))
+    mark = "" if all(run.arrived is not None for run in runs) else "> "
     return [
         world,
         name,
         f"as {about.of}" if about.of else str(about.tried),
         "-" if about.of else f"{about.work} of {about.tried}",
-        f"{len(there)} of {len(runs)}",
-        f"{mark}{mean(costs):.0f} ({min(costs):.0f} to {max(costs):.0f})",
-        f"{mark}{mean(seconds):.0f}",
+        *cost_cells(runs),
+        f"{mark}{mean([run.at(run.restricted()).seconds for run in runs]):.0f}",
+        ratio(compared, runs) if compared is not runs else "1",
+        *cost_cells(near),
+        ratio(compared_near, near) if compared is not runs else "1",
         f"{mean([run.end.accuracy for run in runs]):.3f}",
         f"{runs[0].evaluations[0].quality:.4f}, {mean([run.end.quality for run in runs]):.4f}",
-        ratio(compared, runs) if compared and name != "DGPO with dials" else "-",
     ]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def nearing(world: str, runs: list[Run]) -> list[Run]:
+    """The same runs, which arrive where they come near."""
+    near = WORLDS[world].near
+    return [Run(run.budget, run.evaluations, arrival(run.evaluations, near)) for run in runs]
+
+
+def cost_cells(runs: list[Run]) -> list[str]:
+    """How many arrive, and at what cost: the mean, the least and the most, in thousands."""
+    there = sum(run.arrived is not None for run in runs)
+    costs = [run.restricted() / 1000 for run in runs]
+    mark = "" if there == len(runs) else "> "
+    shown = f"{mark}{mean(costs):.0f} ({min(costs):.0f} to {max(costs):.0f})"
+    return [f"{there} of {len(runs)}", shown]
 
 
 STYLES = figures.STYLES | {
@@ -167,12 +182,15 @@ Written by `python toy/compare_sd35.py --table` from the runs kept beside this f
   one. Cost is in forwards of one sample; a backward counts two. CPU seconds are those of the
   training, rewards included.
 - **Arrived**: at the goal, {", ".join(f"{w.goal:g} in {name}" for name, w in WORLDS.items())}, for
-  nine of ten evaluations until {FOLLOWED:g} times the cost. A run that does not arrive counts as
-  the whole budget of {" and ".join(f"{w.budget:,}" for w in WORLDS.values())} forwards, and the
-  cost is then a lower bound (>). In brackets: the cheapest and the dearest seed.
-- **Search**: as many settings as the table says, by successive halving on seeds that are not
+  nine of ten evaluations until {FOLLOWED:g} times the cost. *Near* is the same for a lower goal,
+  {", ".join(f"{w.near:g} in {name}" for name, w in WORLDS.items())}. Costs are in thousands of
+  forwards, in brackets those of the cheapest and the dearest seed. A run that does not arrive
+  counts as the whole budget of {" and ".join(f"{w.budget:,}" for w in WORLDS.values())}, and the
+  mean is then a lower bound (>).
+- **Search**: as many settings as the table says, by successive halving on one seed that is not
   reported. A setting works if the first rung, an eighth of the budget, brings it {WORKS:.0%} of the
   way to the goal.
-- **Ratio**: of the geometric means, with Welch's 95 % interval over the logarithms of the seeds'
-  costs, widened by the distance of evaluations, which are {GRID[1] / GRID[0] - 1:.0%} of the cost
-  apart, and two degrees of freedom, as there are three seeds."""
+- **Ratio**: the cost over that of DGPO with dials, by geometric means, with Welch's 95 % interval
+  over the logarithms of the seeds' costs, widened by the distance of evaluations, which are
+  {GRID[1] / GRID[0] - 1:.0%} of the cost apart, and with two degrees of freedom, as there are three
+  seeds."""

@@ -4,8 +4,9 @@ A search draws settings at random, and halves: all of them run on one seed for t
 reported, the best of these on three seeds and as long as what is reported, and the best of these on
 twelve. Beside those drawn there are two for every method: the default of the repository's scripts,
 which goes all the way, and the same with what makes a step cheap. What earlier versions of this
-comparison chose is tried, too, and what was chosen for the method in other worlds. Then twice more
-with settings around the best, among all that went before; and once again if the best is at an edge.
+comparison chose is tried, too, and what was chosen for the method in other worlds; DGPO with dials
+begins with what plain DGPO chose, as well. Then twice more with settings around the best, among all
+that went before; and once again if the best is at an edge.
 
 Best is the least mean cost to arrive over seeds, a failure counting as two budgets: PAR2, as it is
 called where algorithms are configured. With one budget, a fast setting that fails on one seed in

@@ -116,7 +116,7 @@ def run(
     from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
     from tqdm import tqdm
 
-    from records import check_lora
+    from checkpoints import check_lora
 
     out, loras = Path(args.out), [Path(lora) for lora in args.lora]
     if loras:

@@ -52,7 +52,9 @@ LENGTH = 4  # letters of a word, each in a cell
 SIDE, CELL = 64, 16  # a picture's and a cell's side in pixels
 ROW = slice(CELL, 2 * CELL)  # the rows of pixels in which the word stands
 LINE = slice(CELL // 2, 5 * CELL // 2)  # what the OCR sees of it: the word with a margin
-WRONG = 0.4  # share of wrong captions in pretraining
+# The share of wrong captions in the pretraining. It and the 3,000 steps were set so that the base
+# scores about 0.55 on the test words: they say how hard the task is, and nothing of any method.
+WRONG = 0.4
 TOKENS = LENGTH + 4  # of a prompt: two quotation marks, a start and an end
 TRAINING, TEST = 4096, 96  # how many words there are to train on, and others to test with
 
@@ -132,6 +134,38 @@ def reread(images: Tensor, prompts: list[dict]) -> list[float]:
     return reader(160)(negative, prompts)
 
 
+@functools.cache
+def captcha_reader():
+    """The OCR network of ddddocr's wheel. Raises RewardError if it is not installed."""
+    from rewards import RewardError
+
+    try:
+        from ddddocr import DdddOcr
+    except ImportError:
+        raise RewardError("it needs `pip install ddddocr`") from None
+    return DdddOcr(show_ad=False)
+
+
+def reread_elsewhere(images: Tensor, prompts: list[dict]) -> list[float]:
+    """The reward by a network that nobody trains on, with other weights and other training data.
+
+    It was made for captchas. As it often takes an O for a zero, it gives perfect drawings of the
+    test words 0.974, which its other scores are to be held against.
+    """
+    from PIL import Image
+
+    from rewards import ocr, to_bytes
+
+    network = captcha_reader()
+    # It reads drawn training words best with as much margin at the sides as above and below.
+    lines = torch.nn.functional.pad(images[..., LINE, :], (8, 8), value=1.0)
+    seen = [network.classification(Image.fromarray(picture)) for picture in to_bytes(lines)]
+    return [
+        ocr.similarity(text, ocr.target_text(prompt["prompt"]))
+        for text, prompt in zip(seen, prompts, strict=True)
+    ]
+
+
 def read(images: Tensor) -> tuple[list[str], Tensor]:
     """The word in pictures (N, 3, SIDE, SIDE) by its nearest letters, and how far off it is, (N,).
 
@@ -201,6 +235,7 @@ def pretrain(pipe, steps: int, batch: int = 32):
 
 def columns(images: Tensor, prompts: list[dict]) -> dict[str, str]:
     """A row of the table: the reward by task, and on test words also what nobody trains on."""
+    from rewards import RewardError
 
     def mean(reward, task: str) -> float:
         mine = [prompt["task"] == task for prompt in prompts]
@@ -208,10 +243,12 @@ def columns(images: Tensor, prompts: list[dict]) -> dict[str, str]:
         return torch.tensor(reward(images[torch.tensor(mine)], asked)).mean().item()
 
     row = {f"{task} words": f"{mean(written, task):.3f}" for task in ("training", "test")}
-    row |= {
-        name: f"{mean(reward, 'test'):.3f}"
-        for name, reward in {"exact": exact, "other reader": reread, "letters": letters}.items()
-    }
+    row |= {"exact": f"{mean(exact, 'test'):.3f}", "other view": f"{mean(reread, 'test'):.3f}"}
+    try:
+        row["other network"] = f"{mean(reread_elsewhere, 'test'):.3f}"
+    except RewardError:
+        row["other network"] = "-"  # what to install was said at the start
+    row["letters"] = f"{mean(letters, 'test'):.3f}"
     return row | {"cleanness": f"{mean(cleanness, 'test'):.4f}"}
 
 
@@ -223,6 +260,10 @@ def main() -> None:
         reader(96)  # before minutes of pretraining
     except RewardError as error:
         raise cli.Fault(f"the OCR reads what is written: {error}") from None
+    try:
+        captcha_reader()
+    except RewardError as error:
+        print(f"the column 'other network' stays empty: {error}", flush=True)
     shown = [prompt for task in ("training", "test") for prompt in of_task(task)[: args.samples]]
     tiny_world.run(
         args,
