@@ -76,7 +76,7 @@ def lock_folder(out: Path) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise Fault(
-            f"argument --output_dir: a run is at work in {out}; give another folder"
+            f"argument --output_dir: another process is at work in {out}; give another folder"
         ) from None
     except OSError as error:
         raise Fault(f"argument --output_dir: cannot lock {out} ({first_line(error)})") from None
@@ -193,8 +193,8 @@ def check_lora(path: Path, transformer: nn.Module) -> None:
                 raise ValueError(f"the model has no place for {name}")
             if (len(up), *down.shape[1:]) != shape or up.shape[1:] != down.shape[:1]:
                 raise ValueError(f"{place} has {[*down.shape]}, {[*up.shape]} for {[*shape]}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinity")
+            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+                raise ValueError(f"{name} holds NaN, infinity, or no real numbers")
     except (OSError, SafetensorError, ValueError) as error:
         raise Fault(f"argument --lora: cannot use {path} ({first_line(error)})") from None
 

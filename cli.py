@@ -131,7 +131,7 @@ def make_folder(name: str, flag: str = "output_dir", file: str = "") -> Path:
         raise Fault(f"argument --{flag}: must name a folder, got an empty string")
     try:
         Path(name).mkdir(parents=True, exist_ok=True)
-        tempfile.NamedTemporaryFile(dir=name, suffix=file).close()
+        tempfile.NamedTemporaryFile(dir=name, prefix=".", suffix=file).close()
     except (OSError, ValueError) as error:
         raise Fault(f"argument --{flag}: cannot write to {name!r} ({first_line(error)})") from None
     return Path(name)

@@ -24,6 +24,8 @@ def read_config(path: str, arguments: type) -> list[str]:
         return Fault(f"argument --config: {path}, line {mark.line + 1}: {what}")
 
     try:
+        if not Path(path).is_file():
+            raise OSError("there is no such file")
         text = Path(path).read_bytes().decode("utf-8-sig")
         text = text.expandtabs() if path.endswith(".json") else text
         tree = yaml.compose(text, yaml.BaseLoader)  # all as it is written: `no` may be a word
@@ -70,7 +72,7 @@ def read_config(path: str, arguments: type) -> list[str]:
 def parse_with_config(arguments: type, argv: list[str]) -> Any:
     """As `cli.parse`, after what the file of --config says. The command line wins."""
     args = cli.parse(arguments, argv)
-    if not args.config:
+    if args.config is None:
         return args
     line = read_config(args.config, arguments)
     try:

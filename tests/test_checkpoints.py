@@ -196,7 +196,7 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
             os._exit(0)
     os.close(there)
     assert os.read(here, 7) == b"claimed"
-    with pytest.raises(Fault, match="a run is at work in .*; give another folder"):
+    with pytest.raises(Fault, match="another process is at work in .*; give another folder"):
         checkpoints.claim_folder(args)
     os.kill(other, signal.SIGKILL)
     os.waitpid(other, 0)

@@ -391,7 +391,7 @@ def change(weights, how):
 
 
 MISFITS = {
-    "NaN": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight holds NaN or infinity",
+    "NaN": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight holds NaN, infinity",
     "no tensors": "it is empty",
     "other shapes": r"attn.to_q has \[4, 7\], \[32, 4\] for \[32, 32\]",
     "other ranks": r"attn.to_q has \[3, 32\], \[32, 4\] for \[32, 32\]",

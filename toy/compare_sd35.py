@@ -188,6 +188,8 @@ class Results:
             aside = f"move {path} away, or give another --out"
             if kept.get("version") != VERSION:
                 raise Fault(f"the runs in {path} are of another version; {aside}")
+            if not isinstance(kept.get("runs"), dict):
+                raise Fault(f"the runs in {path} are damaged; {aside}")
             if self.compute:
                 now = digest(world)
                 if (kept["pipeline"] or now) != now and self.keep:

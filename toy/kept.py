@@ -40,7 +40,7 @@ class Results:
         try:
             stored = json.loads(path.read_text() if path.is_file() else "")
             if stored["version"] == VERSION:
-                return stored["runs"]
+                return dict(stored["runs"])
             reason = f"of version {stored['version']}, not {VERSION}"
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             reason = "damaged"
