@@ -263,7 +263,7 @@ def plot_extremes(path: Path, found: Worlds, curves: dict[str, tuple[int, ...]])
         panel.set(xscale="log", ylim=(0, None))
         panel.set_xticks(values, values)
         panel.minorticks_off()
-    save(figure, path, "samples of a group of 24 that are trained on", "cost, thousands", axes[0])
+    save(figure, path, "samples of a group of 24 that are trained on", "cost, forwards", axes[0])
 
 
 def plot_noise(path: Path, found: dict[str, dict[int, dict]]) -> None:
