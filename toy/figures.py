@@ -30,14 +30,8 @@ STYLES = {  # colour, line, marker: distinct to the colour-blind and in grey
 WORLD_STYLES = [("#0b3c6f", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D")]
 CLEAR = 4.0  # a ratio is shown if the ends of its interval differ by less than this factor ...
 ENOUGH = 0.8  # ... and this share of both methods' runs arrive
-
-STUDENT = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    10: 2.262,
-}  # t's 97.5 % point, by the number of values
+# The 97.5 % point of Student's t, by the number of values.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}
 
 Worlds = dict[str, dict[str, list[Run]]]  # by world, and there by method or setting
 Interval = tuple[float, float, float]  # a mean, and the ends of its 95 % interval
