@@ -105,7 +105,8 @@ def check_weights(pipe: StableDiffusion3Pipeline) -> None:
     """
     for name, module in pipe.components.items():
         for key, weight in module.named_parameters() if isinstance(module, nn.Module) else ():
-            if weight.is_meta or not weight.sum().isfinite():
+            # In float32, as a sum of many float16 is soon too large for it.
+            if weight.is_meta or not weight.sum(dtype=torch.float32).isfinite():
                 raise ValueError(f"its {name} has no finite {key}")
     if not decode(pipe.vae, torch.zeros(1, pipe.vae.config.latent_channels, 1, 1)).isfinite().all():
         raise ValueError("what its vae decodes is not finite")

@@ -120,9 +120,22 @@ def test_a_lora_is_saved_as_the_average_and_loads_in_diffusers(tiny_model, point
 
 
 def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
-    with pytest.raises(Fault, match="cannot load .*nowhere.* licence .* or give a folder") as fault:
+    with pytest.raises(
+        Fault, match="cannot load .*nowhere .there is no such folder.*give a folder"
+    ) as fault:
         sd35.load_pipeline(str(tmp_path / "nowhere"), torch.float32)
     assert "\n" not in str(fault.value)
+
+
+def test_weights_are_finite_though_their_sum_is_too_large_for_float16(tiny):
+    pipe = sd35.load_pipeline(str(tiny), torch.float16)
+    weight = next(pipe.transformer.parameters())
+    weight.data.fill_(6e4)
+    assert weight.sum().isinf()
+    sd35.check_weights(pipe)
+    weight.data.view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match="its transformer has no finite "):
+        sd35.check_weights(pipe)
 
 
 def without(name):

@@ -327,7 +327,8 @@ def test_auto_takes_the_largest_micro_batch_that_fits(plain, tiny, tmp_path, mon
     monkeypatch.setattr(sd35, "decode", small_memory)
     changed = run(tiny, tmp_path / "run", micro_batch_size="auto")
     assert "--micro_batch_size auto: 4" in capsys.readouterr().out
-    assert tried[:4] == [1, 8, 4, 1]  # 8: two times of a group of four; last, a validation picture
+    # First the weights' check, last a validation picture; 8: two times of a group of four.
+    assert tried[:5] == [1, 1, 8, 4, 1]
     assert difference(lora(plain), changed) < 1e-5
 
 

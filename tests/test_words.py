@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 import cli
 import prompts as prompt_sets
-import records
+import checkpoints
 import sd35
 from rewards import RewardError, ocr
 
@@ -238,7 +238,7 @@ def test_a_lora_is_judged_without_t5_and_without_the_other_network(
         for value in model.average:
             value += 0.3
     run.mkdir()
-    records.save_lora(model, run)
+    checkpoints.save_lora(model, run)
 
     monkeypatch.setitem(sys.modules, "ddddocr", None)
     words.captcha_reader.cache_clear()
