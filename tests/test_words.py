@@ -9,9 +9,9 @@ import torch
 import words
 from transformers import CLIPTokenizer
 
+import checkpoints
 import cli
 import prompts as prompt_sets
-import checkpoints
 import sd35
 from rewards import RewardError, ocr
 
