@@ -201,7 +201,7 @@ def launching() -> Iterator[None]:
 
 
 def signal_check() -> Callable[[], None]:
-    """Remembers SIGINT and SIGTERM. Returns what raises Stopped once one has come.
+    """Remembers SIGINT, SIGTERM and SIGHUP. Returns what raises Stopped once one has come.
 
     A second one ends the process at once, but for one within a second: launchers repeat the first.
     """
@@ -213,7 +213,9 @@ def signal_check() -> Callable[[], None]:
             os.write(2, b"stopped at once; what was saved before is kept\n")
             os._exit(130)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # A terminal that closes ends a run as Ctrl-C does, unless nohup has said that it must not.
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         signal.signal(number, receive)
 
     def obey() -> None:

@@ -21,8 +21,9 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def keep_signals():
-    """A run takes SIGINT and SIGTERM; after each test they are whose they were."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A run takes these signals; after each test they are whose they were."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

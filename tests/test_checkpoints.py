@@ -300,8 +300,9 @@ def steps_written(out):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_run_can_go_on(number, tiny, whole, tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup runs the tests
     out = tmp_path / "run"
     child = in_a_child(flags(tiny, out, **{**LONG, "checkpointing_steps": 1000}))
     while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:

@@ -294,3 +294,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeyp
 def test_nothing_heavy_is_imported():
     code = "import cli, sys; assert not {'torch', 'numpy', 'yaml', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    check = cli.signal_check()
+    os.kill(os.getpid(), signal.SIGHUP)
+    check()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    check = cli.signal_check()
+    os.kill(os.getpid(), signal.SIGHUP)
+    with pytest.raises(cli.Stopped):
+        check()
