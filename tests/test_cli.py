@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
