@@ -5,7 +5,7 @@ In each world a search of the same size finds each method's setting, which then 
 and only these are reported. Finished runs are kept in toy/results/<world>.json, so that a stopped
 comparison continues; --full computes what is missing and writes toy/results/README.md. Without
 flags, the settings that were chosen run again, on seeds that no search and no report has seen, and
-are shown beside what was reported, and what was to be expected of so few seeds: two minutes.
+are shown beside what was reported, and what was to be expected of so few seeds: a minute.
 """
 
 # ruff: noqa: E402 (a wrong argument is answered before the libraries are loaded)
