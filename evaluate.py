@@ -27,13 +27,13 @@ from typing import Any
 import cli
 import prompts as prompt_sets
 from cli import Fault, first_line, make_folder, option, parse, read_json, replace_file
+from recipes import MEDIUM
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 VARIANTS = ("base", "lora")
 ROWS = ("base", "LoRA", "difference")
 MOST = 1_000_000  # pictures by each model
 GRID = 4  # prompts with the best gain, and as many with the worst loss
-MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 OF_THE_RUN = "pretrained_model_name_or_path guidance_scale resolution max_sequence_length".split()
 
 # For comparison. The first three are of the task, the last five on DrawBench.

@@ -271,6 +271,7 @@ def test_what_foreign_code_sets_ends_with_it(change, end, own, images):
 def test_a_stream_that_a_reward_closes_is_one_that_nobody_reads(images, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     rewards.score("mine", lambda *_: sys.stdout.close() or [1] * 3, images, PROMPTS)
+    assert not sys.stdout.closed
     print("this is no error")
 
 

@@ -172,7 +172,7 @@ def plot_speed(path: Path, found: Worlds) -> None:
             panel.fill_between(costs, low, high, color=color, alpha=0.15, lw=0)
         panel.axhline(WAY, color="black", ls="--", lw=1)
         panel.set(xscale="log", xlim=(1e4, budget_in(world)), ylim=(-0.2, 1.3))
-    save(figure, path, "cost, forwards of one sample", "way to the best data's reward", axes[0])
+    save(figure, path, "cost, forwards of one sample", "way to the best reward", axes[0])
 
 
 def plot_cost(path: Path, found: Worlds) -> None:
@@ -280,7 +280,7 @@ def plot_noise(path: Path, found: dict[str, dict[int, dict]]) -> None:
         panel.set_xticks(list(by_group), list(by_group))
         panel.set_yticks([0.5, 1, 2, 4, 8], ["1/2", "1", "2", "4", "8"])
         panel.minorticks_off()
-    save(figure, path, "group size G", "gradient's variance, shared / independent", axes[0])
+    save(figure, path, "group size G", "variance ratio", axes[0])
 
 
 V_OLD, V_STAR = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
