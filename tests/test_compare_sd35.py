@@ -338,7 +338,7 @@ class MadeUp(Results):
     def __init__(self, cost_of):
         self.cost_of, self.asked, self.pool = cost_of, [], None
 
-    def run(self, world, setting, seed, budget):
+    def run(self, world, setting, seed, budget, base=0):
         self.asked.append((setting, seed, budget))
         cost = self.cost_of(setting, seed)
         rest = [Evaluation(cost * k, 1.0, 0.99, 0.0) for k in (1, 2)] if cost <= budget else []
@@ -346,7 +346,7 @@ class MadeUp(Results):
         return Run(budget, [Evaluation(0, 0.0, 0.5, 0.0), *rest, end], cost if rest else None)
 
 
-def test_a_search_halves_and_prefers_what_arrives():
+def test_a_search_halves_and_prefers_what_arrives(monkeypatch):
     rates = sorted(s.get("learning_rate", 0) for s in compare_sd35.tried("DGPO", 12))
     goal = rates[-2]
 
@@ -363,6 +363,13 @@ def test_a_search_halves_and_prefers_what_arrives():
     assert compare_sd35.TUNING_SEED not in compare_sd35.FRESH_SEEDS
     variant = compare_sd35.chosen(results, "words", "DGPO offline", 12)
     assert variant.best == found.best | {"offline": True}
+
+    goal = 1e-4  # of a setting that is among MORE, and tried in the largest search alone
+    monkeypatch.setitem(compare_sd35.MORE, ("words", "DGPO"), [{"learning_rate": goal, "beta": 1}])
+    found = compare_sd35.search(results, "words", "DGPO", 12)
+    assert found.best["learning_rate"] == goal and found.tried == 13
+    assert found.edges == ["learning_rate (low)", "beta (low)"]
+    assert compare_sd35.search(results, "shapes", "DGPO", 12).tried == 12
 
 
 def arriving(*costs, budget=400_000):
@@ -382,10 +389,12 @@ def test_a_ratio_says_no_more_than_the_seeds_do():
 
 
 def test_the_table_says_how_many_settings_and_seeds(tmp_path):
-    about = Search({"beta": 3.0}, 5, 4)
+    about = Search({"beta": 3.0}, 5, 4, ["beta (low)"])
     found = {"DGPO with dials": Report(about, arriving(20_000, 30_000))}
     found["Flow-GRPO"] = Report(about, arriving(200_000, None, 300_000))
-    cells = dict(zip(report_sd35.HEADER, report_sd35.row("words", "Flow-GRPO", found), strict=True))
+    cells = dict(
+        zip(report_sd35.HEADER, report_sd35.row(("words", 0), "Flow-GRPO", found), strict=True)
+    )
     assert cells["settings tried"] == "5" and cells["that work"] == "4 of 5"
     assert cells["arrived"] == "2 of 3" and cells["cost to arrive"] == "> 300 (200 to 400)"
     assert cells["ratio"].startswith("> ")
@@ -393,8 +402,12 @@ def test_the_table_says_how_many_settings_and_seeds(tmp_path):
     late = Run(400_000, [Evaluation(cost, 0.0, accuracy, 0.0) for cost, accuracy in seen])
     assert report_sd35.cost_cells([late]) == ["0 of 1", "> 400 (400 to 400)"]
     assert report_sd35.cost_cells(report_sd35.nearing("words", [late]))[1] == "20 (20 to 20)"
-    report_sd35.plot(tmp_path / "figure.png", {"words": found, "shapes": found})
+    places = {("words", 0): found, ("words", 1): {"Flow-GRPO": found["Flow-GRPO"]}}
+    report_sd35.plot(tmp_path / "figure.png", places)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert report_sd35.row(("words", 1), "Flow-GRPO", found)[0] == "words, pipeline 2"
+    rows = report_sd35.choices(places)
+    assert [row[1] for row in rows] == [*found] and rows[0][-1] == "beta (low)"
 
 
 # What is kept.
@@ -434,7 +447,7 @@ def test_without_flags_it_is_shown_again_beside_what_was_reported(tmp_path, monk
         for setting, share in zip(settings, (0.66, 0.61), strict=True)
         for seed in (*compare_sd35.FRESH_SEEDS, compare_sd35.TUNING_SEED)
     }
-    text = json.dumps({"version": 1, "pipeline": "tiny", "runs": kept})
+    text = json.dumps({"version": 2, "pipelines": ["tiny"], "runs": kept})
     (tmp_path / "shapes-family.json").write_text(text)
     compare_sd35.main(["--worlds", "shapes", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
@@ -501,7 +514,7 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
     kept = tmp_path / "shapes-family.json"
 
     def fault(**changed):
-        kept.write_text(json.dumps({"version": 1, "pipeline": "x", "runs": {}, **changed}))
+        kept.write_text(json.dumps({"version": 2, "pipelines": [], "runs": {}, **changed}))
         with pytest.raises(cli.Fault) as error:
             Results(tmp_path).run("shapes", {}, 0, 1000)
         return str(error.value)
@@ -511,14 +524,35 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
         compare_sd35.main(["--full", "--worlds", "shapes", "--out", str(tmp_path)])
     (tmp_path / "toy/out/shapes/transformer").mkdir(parents=True)
     (tmp_path / "toy/out/shapes/transformer/x.safetensors").write_bytes(b"x")
-    assert "another pipeline" in fault() and str(kept) in fault()
-    assert "another version" in fault(version=0)
+    assert "another version" in fault(version=1) and str(kept) in fault(version=1)
+    assert "damaged" in fault(pipelines="x") and "damaged" in fault(runs=[])
     kept.write_text("half of")
     with pytest.raises(cli.Fault, match="cannot read"):
         Results(tmp_path).run("shapes", {}, 0, 1000)
     kept.unlink()
     with pytest.raises(compare_sd35.Missing, match="not finished yet"):
         Results(tmp_path, compute=False).run("shapes", {}, 0, 1000)
+
+
+def test_another_pipeline_goes_on_with_the_search_and_has_reports_of_its_own(
+    tmp_path, monkeypatch, capsys
+):
+    """As on another machine: the chosen setting is reported once more, beside what was reported."""
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.setattr(compare_sd35, "run_setting", slow_run)
+    monkeypatch.setattr(compare_sd35, "PASSES", {2: ((1 / 8, 1),)})
+    monkeypatch.setattr(compare_sd35, "ORDER", [("shapes", "DGPO")])
+    begun = []
+    for pipeline in ("one", "another", "one"):
+        monkeypatch.setattr(compare_sd35, "digest", lambda world, now=pipeline: now)
+        compare_sd35.main(["--full", "--worlds", "shapes", "--out", str(tmp_path)])
+        begun.append(len((tmp_path / "log").read_text().splitlines()))
+    assert begun == [2 + 3, 2 + 3 + 3, 2 + 3 + 3]  # two settings are searched, three seeds reported
+    kept = json.loads((tmp_path / "shapes-family.json").read_text())
+    assert kept["pipelines"] == ["one", "another"] and len(kept["runs"]) == 8
+    text = (tmp_path / "sd35.md").read_text()
+    assert "| shapes | DGPO | 2 |" in text and "| shapes, pipeline 2 | DGPO | 2 |" in text
+    assert "Not measured yet" not in text
 
 
 def test_the_table_of_nothing_says_so(tmp_path, capsys):

@@ -19,6 +19,7 @@ class Search(NamedTuple):
     best: Setting
     tried: int
     work: int  # how many of these work
+    edges: list[str]  # the dials of the best at an end of their range
     of: str | None = None  # the method whose search it was, if another
 
 
@@ -53,13 +54,22 @@ HEADER += ["came near", "cost to come near", "ratio, near"]
 HEADER += ["accuracy at the end", "quality: base, end"]
 
 
-def row(world: str, name: str, found: dict[str, Report]) -> list[str]:
+Place = tuple[str, int]  # a world, and the number of the pipeline that runs began with
+
+
+def named(place: Place) -> str:
+    world, base = place
+    return f"{world}, pipeline {base + 1}" if base else world
+
+
+def row(place: Place, name: str, found: dict[str, Report]) -> list[str]:
+    world = place[0]
     about, runs = found[name]
     compared = found["DGPO with dials"].runs if "DGPO with dials" in found else []
     near, compared_near = (nearing(world, each) for each in (runs, compared))
     mark = "" if all(run.arrived is not None for run in runs) else "> "
     return [
-        world,
+        named(place),
         name,
         f"as {about.of}" if about.of else str(about.tried),
         "-" if about.of else f"{about.work} of {about.tried}",
@@ -96,14 +106,13 @@ STYLES = figures.STYLES | {
     "DGPO offline": ("#0b3c6f", ":", "v"),
     "DGPO, SDE rollouts": ("#009e73", "--", "^"),
     "DGPO, t_min 0": ("#666666", "--", "X"),
-    "DGPO, t_min 0.6": ("#666666", ":", "<"),
 }
 
 
-def plot(path: Path, found: dict[str, dict[str, Report]]) -> None:
+def plot(path: Path, found: dict[Place, dict[str, Report]]) -> None:
     """The accuracy of each run against its cost, a panel a world; the dot is where it arrived."""
-    figure, axes = figures.panels(list(found), 5)
-    for panel, (world, by_method) in zip(axes, found.items(), strict=True):
+    figure, axes = figures.panels([named(place) for place in found], 5)
+    for panel, ((world, _), by_method) in zip(axes, found.items(), strict=True):
         for name, (_, runs) in by_method.items():
             color, line, marker = STYLES[name]
             for i, run in enumerate(runs):
@@ -118,6 +127,19 @@ def plot(path: Path, found: dict[str, dict[str, Report]]) -> None:
         panel.grid(alpha=0.3)
     x, y = "cost, forwards of one sample", "accuracy, held out"
     figures.save(figure, path, x, y, max(axes, key=lambda panel: len(panel.lines)))
+
+
+CHOSEN = ["world", "method", "setting", "at an edge"]
+
+
+def choices(found: dict[Place, dict[str, Report]]) -> list[tuple[str, ...]]:
+    """Rows of what was chosen, once for all pipelines of a world."""
+    rows = {}
+    for (world, _), by_method in found.items():
+        for name, (about, _) in by_method.items():
+            edges = ", ".join(about.edges) or "-"
+            rows[world, name] = (world, name, shown(about.best), edges)
+    return list(rows.values())
 
 
 class Tried(NamedTuple):
@@ -145,20 +167,19 @@ RUNG_HEADER += ["setting"]
 
 
 def page(
-    out: Path, found: dict[str, dict[str, Report]], rungs: dict[str, list[Tried]], missing: list
+    out: Path, found: dict[Place, dict[str, Report]], rungs: dict[str, list[Tried]], missing: list
 ) -> str:
     """The tables and their words; draws the figure, if there is anything to show.
 
-    found: by world and method. rungs: by world.
+    found: by place and method. rungs: by world.
     """
-    named = [(world, name) for world, by_method in found.items() for name in by_method]
     parts = [INTRODUCTION]
-    if named:
+    if found:
         plot(out / "sd35.png", found)
-        rows = [row(world, name, found[world]) for world, name in named]
-        chosen = [[*one, shown(found[one[0]][one[1]].search.best)] for one in named]
+        each = [(place, name) for place, by_method in found.items() for name in by_method]
+        rows = [row(place, name, found[place]) for place, name in each]
         parts += ["![accuracy against cost](sd35.png)", figures.table(HEADER, rows)]
-        parts += ["## What was chosen", figures.table(["world", "method", "setting"], chosen)]
+        parts += ["## What was chosen", figures.table(CHOSEN, list(map(list, choices(found))))]
     rows = [rung_row(world, one) for world, tried in rungs.items() for one in tried]
     if rows:
         parts += ["## The first rung", FIRST_RUNG, figures.table(RUNG_HEADER, rows)]
@@ -187,6 +208,8 @@ Written by `python toy/compare_sd35.py --table` from the runs kept beside this f
   forwards, in brackets those of the cheapest and the dearest seed. A run that does not arrive
   counts as the whole budget of {" and ".join(f"{w.budget:,}" for w in WORLDS.values())}, and the
   mean is then a lower bound (>).
+- **Pipelines**: no two machines pretrain the same one to the bit. Methods are compared on one; what
+  "pipeline 2" says is the same settings on another, which chose nothing.
 - **Search**: as many settings as the table says, by successive halving on one seed that is not
   reported. A setting works if the first rung, an eighth of the budget, brings it {WORKS:.0%} of the
   way to the goal.
