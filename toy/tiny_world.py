@@ -203,8 +203,15 @@ def plot(
     import torch
 
     plt.switch_backend("agg")
-    rows = len(sheets) + bool(rewards)
-    figure, axes = plt.subplots(rows, figsize=(8, 2.9 * rows), squeeze=False, layout="constrained")
+    heights = [0.4 + 7.2 * len(sheet) / sheet.shape[1] for sheet in sheets.values()]  # inches
+    heights += [2.9] if rewards else []
+    figure, axes = plt.subplots(
+        len(heights),
+        figsize=(8, sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
     for panel, (title, sheet) in zip(axes[:, 0], sheets.items(), strict=False):
         panel.imshow(sheet.numpy(), interpolation="nearest")
         panel.set_title(f"{title} (black frame: as asked)", fontsize=14)
@@ -222,6 +229,6 @@ def plot(
         axes[-1, 0].set_ylabel("mean reward of the rollouts", fontsize=12)
         axes[-1, 0].set_ylim(0, 1)
         axes[-1, 0].grid(alpha=0.3)
-        axes[-1, 0].legend(fontsize=12, ncols=2, loc="center right", bbox_to_anchor=(1, 0.65))
+        axes[-1, 0].legend(fontsize=12, ncols=2, loc="lower right")
     figure.savefig(path, dpi=90)
     plt.close(figure)
