@@ -60,7 +60,8 @@ def parse_args(argv: list[str] | None = None, arguments: type = Arguments) -> An
     args = read_arguments(arguments, argv)
     cuda = torch.cuda.is_available()
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    args.mixed_precision = args.mixed_precision or ("bf16" if bf16 else "no")
+    if not args.print_arguments:  # what is printed is for any machine
+        args.mixed_precision = args.mixed_precision or ("bf16" if bf16 else "no")
     if args.mixed_precision == "bf16" and cuda and not bf16:
         raise Fault("argument --mixed_precision: this GPU has no bf16; give no")
     above = len(trained_times(args))
@@ -153,8 +154,10 @@ def trained_samples(args: Arguments, scores: Scores) -> Tensor:
 
     The latter are those of the advantages in the whole group, however these are combined.
     """
-    m = args.train_samples or args.group_size
-    return dgpo.extremes(group_advantages(args, scores), m).sort(1).values
+    advantages = group_advantages(args, scores)
+    if not args.train_samples:
+        return torch.arange(args.group_size).expand_as(advantages)
+    return dgpo.extremes(advantages, args.train_samples).sort(1).values
 
 
 def learning_rate(args: Arguments, step: int) -> float:
@@ -468,6 +471,21 @@ def read_prompts(args: Arguments) -> tuple[list[dict], list[dict]]:
     return (training[:-n], training[-n:]) if n else (training, training[:1])
 
 
+def check_prompts(args: Arguments, training: list[dict], validation: list[dict]) -> None:
+    """Raises Fault at a prompt that a reward cannot be for: one drawn late would end a run late.
+
+    All rewards are asked of the pictures of validation, those that train also of all others.
+    """
+    trained, watched = rewards.parse_all(args.reward), rewards.parse_all(args.eval_reward)
+    shown = "validation_prompts" if args.validation_prompts else "train_prompts"
+    all_of_them = ("train_prompts", trained, training), (shown, trained | watched, validation)
+    for flag, names, prompts in all_of_them:
+        try:
+            rewards.check_prompts(names, prompts)
+        except rewards.RewardError as error:
+            raise Fault(f"argument --{flag}: {error}") from None
+
+
 def fit_micro_batch(trainer: Trainer) -> int:
     """The most images that memory has room for in a pass, by trying: all K times of a group first.
 
@@ -508,6 +526,7 @@ def train(args: Arguments) -> None:
     if checkpoints.nothing_to_do(out, args, done):
         return
     training, validation = read_prompts(args)
+    check_prompts(args, training, validation)
     if args.push_to_hub and cli.is_first_process():
         records.make_repository(args)
     accelerator = launch(args)

@@ -6,8 +6,9 @@ A reward is a function (images, prompts) -> scores, higher is better:
     no score.
 
 A file rewards/<name>.py with a function `load(device, model=None) -> reward` makes the name <name>
-known. It loads what the reward needs; `model` stands in for the file's own weights. Nothing is
-imported before it is asked for.
+known. It loads what the reward needs; `model` stands in for the file's own weights. Where not every
+prompt will do, a function `check_prompt(prompt)` raises ValueError. Nothing is imported before it
+is asked for.
 
 A reward of one's own is named path/to/file.py:function or package.module:function. Three lines in
 a file make one, and it may be anything that can be called with images and prompts:
@@ -32,7 +33,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +120,22 @@ def check_models(models: dict[str, str], used: Collection[str]) -> None:
             raise RewardError(f"{name} is not among the rewards: {' '.join(used)}")
         if ":" in name:
             raise RewardError(f"{name} is of your own, and loads its weights itself")
+
+
+def check_prompts(names: Iterable[str], prompts: list[dict]) -> None:
+    """Raises RewardError at the first prompt that a reward of this folder cannot be for.
+
+    A reward's file may say so by a function `check_prompt(prompt)`, which raises ValueError.
+    """
+    for name in names:
+        if ":" in name:
+            continue  # one of one's own says it when it is called
+        check = getattr(importlib.import_module(f"rewards.{name}"), "check_prompt", None)
+        for number, prompt in enumerate(prompts if check else [], 1):
+            try:
+                check(prompt)
+            except ValueError as error:
+                raise RewardError(f"prompt {number} is not for {name}: {error}") from None
 
 
 def look_for(place: str, function: str) -> None:

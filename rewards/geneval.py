@@ -217,6 +217,12 @@ def graded(prompt: dict, objects: Objects, name_colors: NameColors) -> float:
     return judge(prompt, objects, name_colors)["graded"]
 
 
+def check_prompt(prompt: dict) -> None:
+    """Raises ValueError if a prompt is not one of GenEval's, which say what must be there."""
+    if "include" not in prompt or "tag" not in prompt:
+        raise ValueError('the prompt has no GenEval metadata ("tag", "include")')
+
+
 def load(
     device: torch.device | str,
     model: str | None = None,
@@ -236,8 +242,7 @@ def load(
     def geneval(images: Tensor, prompts: list[dict]) -> list[float]:
         scores = []
         for image, prompt in zip(images, prompts, strict=True):
-            if "include" not in prompt or "tag" not in prompt:
-                raise ValueError('the prompt has no GenEval metadata ("tag", "include")')
+            check_prompt(prompt)
             counting = prompt["tag"] == "counting"
             objects = detect(image, COUNTING_THRESHOLD if counting else THRESHOLD)
             scores.append(verdict(prompt, objects, partial(name_colors, image)))

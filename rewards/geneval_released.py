@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from rewards import geneval
+from rewards.geneval import check_prompt  # noqa: F401 (asked for by name)
 
 
 def released(prompt: dict, objects: geneval.Objects, name_colors: geneval.NameColors) -> float:

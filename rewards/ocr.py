@@ -31,6 +31,11 @@ QUOTED = re.compile(
 )
 
 
+def check_prompt(prompt: dict) -> None:
+    """Raises RewardError if a prompt asks for no text."""
+    target_text(prompt["prompt"])
+
+
 def target_text(prompt: str) -> str:
     """What stands in quotation marks, several parts joined by a space.
 

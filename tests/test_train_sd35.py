@@ -367,6 +367,28 @@ VARIANTS = {
 }
 
 
+UNFIT = {
+    "a word": ("ocr", "prompt 2 is not for ocr: no text in quotation marks in the prompt 'a word'"),
+    '"a word"': ("geneval_official", "prompt 1 is not for geneval_official"),
+}
+
+
+@pytest.mark.parametrize("last", UNFIT)
+def test_a_prompt_that_a_reward_cannot_be_for_is_found_before_the_run(last, tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f'a sign "YES"\n{last}\n')
+    about = {"train_prompts": tmp_path / "prompts.txt", "reward": "ocr"}
+    about |= {"eval_reward": UNFIT[last][0]} if UNFIT[last][0] != "ocr" else {}
+    with pytest.raises(cli.Fault, match="argument --train_prompts: .*") as error:
+        run(tiny, tmp_path / "run", **about)
+    assert UNFIT[last][1] in str(error.value)
+    assert not (tmp_path / "run" / "arguments.json").exists()
+
+
+def test_an_odd_group_trains_on_all_of_it(tiny, tmp_path):
+    run(tiny, tmp_path, group_size=3, max_train_steps=1)
+    assert len(metrics(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_run(name, plain, tiny, tmp_path):
     changed = run(tiny, tmp_path / "run", max_train_steps=2, **VARIANTS[name])
