@@ -133,15 +133,22 @@ ORDER += [("words", name) for name in ("Diffusion-DPO", *VARIANTS)]
 # What the searches of 12 try as well, so that a verdict is not for want of trying: for the method
 # that fares worst, what is near its choice here and in compare.py's worlds.
 FLOW: Setting = {"method": "Flow-GRPO", "num_inference_steps": 5, "updates_per_rollout": 2}
-FLOW |= {"sde_noise": 0.397, "kl": 0.00423, "clip": 0.2, "train_samples": 2}
-MORE: dict[tuple[str, str], list[Setting]] = {
-    ("words", "Flow-GRPO"): [
-        FLOW | {"learning_rate": 0.0025},
-        FLOW | {"learning_rate": 0.0025, "updates_per_rollout": 4, "clip": 0.05},
-        FLOW | {"learning_rate": 0.0025, "prompts_per_step": 4, "train_samples": 4},
-        FLOW | {"learning_rate": 0.004, "sde_noise": 0.7, "kl": 0.03, "clip": 0.05},
-    ],
-}
+FLOW |= {"sde_noise": 0.397, "kl": 0.00423, "clip": 0.2, "learning_rate": 0.0025}
+FEW: Setting = {"prompts_per_step": 4, "train_samples": 4}
+MORE_FLOW = [
+    FLOW | {"train_samples": 2},
+    FLOW | {"train_samples": 2, "updates_per_rollout": 4, "clip": 0.05},
+    FLOW | FEW,
+    FLOW | {"train_samples": 2, "learning_rate": 0.004, "sde_noise": 0.7, "kl": 0.03, "clip": 0.05},
+    FLOW | FEW | {"learning_rate": 0.005},
+    FLOW | FEW | {"learning_rate": 0.004, "updates_per_rollout": 4},
+    FLOW | FEW | {"train_samples": 8},
+    FLOW | FEW | {"learning_rate": 0.004, "sde_noise": 0.7},
+    FLOW | FEW | {"learning_rate": 0.004, "kl": 0.02, "clip": 1.0},
+    FLOW | FEW | {"learning_rate": 0.004, "num_inference_steps": 10},
+]
+MORE: dict[tuple[str, str], list[Setting]] = {("words", "Flow-GRPO"): MORE_FLOW}
+MORE |= {("shapes", "Flow-GRPO"): [MORE_FLOW[0], MORE_FLOW[2], MORE_FLOW[9]]}
 
 
 def tried(name: str, n: int, world: str = "") -> list[Setting]:
