@@ -121,7 +121,7 @@ def sample_timesteps(
 # of grad L_i and grad L_j under one eps: sum_i A_i grad L_i has the variance
 # sum_ij A_i A_j C_ij, of which an eps each leaves the terms i = j. What all C_ij have in common
 # cancels, as sum_j A_j = 0, so sharing helps a pair. Where samples that are alike (large C_ij) have
-# like advantages it hurts: in the toy at G = 24 two to five times (tests/test_dgpo.py measures it).
+# like advantages it hurts: in the toy at G = 24 three to nine times (toy/results/README.md, Noise).
 def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
 
@@ -287,16 +287,16 @@ def backward_group_loss(
     velocity_old: Velocity | None = None,
     micro_batch: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of share * (dgpo_loss / beta + kl * mean of (v - v_ref)^2) to theta's .grad.
+    """Add the gradient of share * (dgpo_loss at b, over b, + kl * mean of (v - v_ref)^2) to .grad.
 
-    velocity, velocity_ref, velocity_old: theta, the reference and theta_old, without dropout. x0,
-    eps, t: as in `diffuse`; for K timesteps, repeat x0 in K * P rows. advantages: (P, G). beta:
-    published units, a float or (P,). share: of these groups in the step. velocity_kl: what the KL
-    compares with, by default velocity_ref. clip, bound (2, or 0 for none): against velocity_old.
-    micro_batch: most samples to a forward and backward, by default all; the result is the same, for
-    another forward of theta. A network given twice is asked once; without a preference (A = 0),
-    only the KL's is. Returns, detached: loss (), Eq. 17 at beta / G, and (P,) each: gap, a group's
-    mean, gate, kl, and clipped, a share. Raises ValueError on other input.
+    b = beta / G: beta is in published units. velocity, velocity_ref, velocity_old: theta, the
+    reference and theta_old, without dropout. x0, eps, t: as in `diffuse`; for K timesteps, repeat
+    x0 in K * P rows. advantages: (P, G). beta: a float or (P,). share: of these groups in the step.
+    velocity_kl: what the KL compares with, else velocity_ref. clip, bound (2, or 0 for none):
+    against velocity_old. micro_batch: most samples to a forward and backward, or all; the result is
+    the same, for another forward of theta. A network given twice is asked once; where all A are 0,
+    only the KL's. Returns, detached: loss (), Eq. 17 at b, and (P,) each: gap, a group's mean,
+    gate, kl, and clipped, a share. Raises ValueError on other input.
     """
     P, G = advantages.shape
     _require(min(kl, bound) >= 0, f"kl and bound must be at least 0, got {kl} and {bound}")
@@ -368,6 +368,7 @@ def train(
     iterations: int,
     prompts: int,
     group_size: int,
+    beta: float,
     learning_rate: float,
     t_min: float,
     rollout_steps: int,
@@ -382,9 +383,8 @@ def train(
 
     model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
     reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: all randomness is its.
-    options: beta, kl, clip, bound, see `backward_group_loss`. ema: theta_old's decay; by default
-    theta_old = theta. offline: draw all samples from the reference (Section 4.3). Beyond the paper:
-    train_samples, the m of `extremes`; updates, the optimiser steps that a rollout serves.
+    beta, options: see `backward_group_loss`. ema: theta_old's decay; None is theta_old = theta.
+    offline: the reference draws (Section 4.3). Beyond the paper: m of `extremes`; updates a rollout.
     """
     P, G, K = prompts, group_size, train_timesteps
     reference = copy.deepcopy(model).requires_grad_(False)  # "Require: reference model f_ref"
@@ -412,9 +412,9 @@ def train(
             eps = torch.randn(K * P, 1, *data_shape, generator=generator, device=generator.device)
             groups = torch.cat([x0] * K), eps, t, advantages.repeat(K, 1)
             optimizer.zero_grad()
-            found |= backward_group_loss(theta, ref, *groups, velocity_old=old, **options)
+            found |= backward_group_loss(theta, ref, *groups, beta, velocity_old=old, **options)
             found["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()  # line 14
+            optimizer.step()  # line 14, by AdamW, of a gradient of norm 1 at most
         if ema is not None:
             ema_update(theta_old.parameters(), model.parameters(), ema)  # line 15
         yield {name: value.mean().item() for name, value in found.items()}

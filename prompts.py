@@ -248,11 +248,13 @@ def text_prompts(n: int, split: str = "train", seed: int = 0) -> list[str]:
 class Arguments:
     """Write a file of new prompts: python prompts.py geneval ... or python prompts.py text ..."""
 
-    kind: str = option("geneval", "may be named first", choices=("geneval", "text"))
-    n: int = option(1000, "number of prompts", at_least=1, at_most=1_000_000)
-    seed: int = option(0, "another seed gives other prompts", at_least=0)
-    split: str = option("train", "which phrases text quotes", choices=("train", "test"))
-    out: str = option("", "new file to write, .jsonl for geneval and .txt for text")
+    kind: str = option(
+        "geneval", "What to write; it may stand first, without --kind.", choices=("geneval", "text")
+    )
+    n: int = option(1000, "How many prompts to write.", at_least=1, at_most=1_000_000)
+    seed: int = option(0, "Another seed gives other prompts.", at_least=0)
+    split: str = option("train", "Which phrases the texts quote.", choices=("train", "test"))
+    out: str = option("", "The new file, .jsonl for geneval and .txt for text.")
 
 
 def parse_args(argv: list[str]) -> Arguments:

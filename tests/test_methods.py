@@ -180,9 +180,6 @@ SETTINGS = {
     "DGPO with SDE rollouts and a clip": methods.Setting(
         "ring-2", "DGPO", sde_noise=0.7, ema=0.5, clip=0.5
     ),
-    "DGPO with an EMA reference": methods.Setting(
-        "ring-2", "DGPO", ema=0.5, ema_reference=True, updates=2
-    ),
     "AWM": methods.Setting("ring-2", "AWM", learning_rate=5e-4, kl=0.1),
     "DiffusionNFT": methods.Setting("ring-2", "NFT", ema=0.8),
     "Diffusion-DPO": methods.Setting("ring-2", "Diffusion-DPO", offline=True),

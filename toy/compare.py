@@ -328,7 +328,8 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   of a quadrant.
 - **Methods** ([methods.py](../methods.py)): all train one network in one loop, on groups of 24.
   "DGPO with dials" is DGPO with what is beyond its paper: it trains on the `samples` = m extremes
-  of a group, and its bad samples are bounded. Every other dial is open to every method.
+  of a group, and its bad samples are bounded. Learning rate, KL, theta_old, average, prompts, steps
+  and updates are open to all, the extremes to all but DGPO and Diffusion-DPO, a clip to Flow-GRPO.
 - **Cost** is counted in forwards of one sample; a backward counts two.
 - **Arrived**: a run is there with {WAY:.0%} of the way from the base reward to the best data's and
   {RIGHT:.0%} of its samples right, which an independent judge says. It has arrived at the first
@@ -346,7 +347,8 @@ Written by `python toy/compare.py --full --table` from the runs kept beside this
   of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as {PENALTY} budgets. The
   last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the
   best lies is widened and searched again, as the table says.
-- **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3.
+- **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3, and half of the budget,
+  which a failure then counts as; that of beta has all of it.
 
 The same family in the trainer itself, on SD3.5's own classes: [sd35.md](sd35.md)."""
 
@@ -356,7 +358,7 @@ With e = v_old - v* and d = v - v_old, the loss is, up to a constant,
 | method | loss of a sample with advantage A | bad sample, A < 0 |
 | --- | --- | --- |
 | AWM | 2 A e.d + A d^2 | concave, falls without end |
-| DGPO | the same, in one gate for its group | falls by at most log(2) / beta, then is let go |
+| DGPO | the same, in one gate for its group | falls by at most 2 log(2) / beta, then is let go |
 | Diffusion-DPO, GPO | the same, in a gate for each pair | the same |
 | DGPO, bounded by 2 | 2 A e.d + \\|A\\| d^2, in DGPO's gate | convex, its target is 2 v_old - v* |
 | DiffusionNFT | 2 A e.d + 5 b d^2, divided by an error | convex, its target is finite |
@@ -378,7 +380,8 @@ SHARING = (
 
 SIGNAL = (
     "Signal-to-noise ratio of the gradient of an iteration, for every million forwards: the square "
-    "of its mean over its variance."
+    "of its mean over its variance, without bias from 64 draws: where there is hardly a signal, it "
+    "may come out below 0."
 )
 
 

@@ -30,7 +30,7 @@ def mode_centers(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def mode_weights(c: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """p_ref's mixture weights (..., MODES): 1/36 to 8/36 once around the ring, from 3c on.
+    """p_ref's mixture weights (..., MODES): mode i has (i + 3c) mod 8 + 1 parts of 36.
 
     They differ between conditions, so that Z(c) does too: mode 2c, which the reward of c asks for,
     has the weight 1/36, 6/36, 3/36 and 8/36 for c = 0, 1, 2, 3.

@@ -1,6 +1,7 @@
 """The family in one loop: seven ways for the rewards of a group to enter the gradient of a flow.
 
-DGPO, alone and with what is beyond its paper; AWM, DiffusionNFT, Flow-GRPO, Diffusion-DPO and GPO.
+DGPO, alone and with what is beyond its paper; AWM, DiffusionNFT, Flow-GRPO, Diffusion-DPO and GPO,
+and Diffusion-SDPO's scaling of the loser.
 Shapes, times and signs are those of dgpo.py, and so is all that the methods share: the rollout, the
 advantages A, the denoising loss L = ||v - v*||^2.
 
@@ -14,7 +15,7 @@ how far theta has moved since. Up to a constant, the loss of one sample is
 The first term is the same for all, and is all there is at theta = theta_old. The second decides
 what becomes of a bad sample, A < 0, once theta moves: with c < 0 the loss is a concave parabola and
 falls without end; with c > 0 it is convex, and its minimum a finite target. A gate, -log sigmoid of
-beta times the gap, ends the fall too, but late: what it can still take away is log(2) / beta. In
+beta times the gap, ends the fall too, but late: what it can still take away is 2 log(2) / beta. In
 DGPO a group shares one gate; in Diffusion-DPO and GPO each pair has its own. Flow-GRPO has A rho,
 and rho = p_theta / p_old is an exponential of a quadratic: it cannot fall below zero, so a bad step
 stops counting when it has become unlikely. toy/results/family.png draws them all.
@@ -83,7 +84,6 @@ class Setting:
     trained_share: float = 1.0  # Flow-GRPO: of the trajectory's steps, the noisiest
     shared_noise: bool = True
     offline: bool = False
-    ema_reference: bool = False  # theta_old is the reference, too
 
 
 # AWM (Xue et al. 2025, arXiv:2509.25050), advantage-weighted matching: A times the denoising loss.
@@ -356,7 +356,7 @@ def learn(model: nn.Module, setting: Setting, generator: torch.Generator) -> Ite
     """Train `model` in place, without end; yields what it has cost after every iteration."""
     reference = copy.deepcopy(model).requires_grad_(False)
     old = model if setting.ema is None else copy.deepcopy(reference)
-    networks = Networks(model, old if setting.ema_reference else reference, old)
+    networks = Networks(model, reference, old)
     optimizer = torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0.0)
     cost = 0
     while True:

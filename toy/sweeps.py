@@ -178,7 +178,7 @@ GROUPS = (2, 4, 8, 24, 64)  # sizes
 
 
 def signals(world: str) -> dict[str, Setting]:
-    """Gradients of iterations of a like cost, by methods as they are published."""
+    """Gradients of iterations, by methods as they are published; they differ in cost."""
     frozen = {"learning_rate": 0.0, "kl": 0.0, "prompts": 8, "timesteps": 4}
     return {
         "DGPO": Setting(world, "DGPO", **frozen),
