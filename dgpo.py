@@ -384,7 +384,7 @@ def train(
     model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
     reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: all randomness is its.
     beta, options: see `backward_group_loss`. ema: theta_old's decay; None is theta_old = theta.
-    offline: the reference draws (Section 4.3). Beyond the paper: m of `extremes`; updates a rollout.
+    offline: the reference draws (Section 4.3). Beyond it: train_samples (`extremes`), updates.
     """
     P, G, K = prompts, group_size, train_timesteps
     reference = copy.deepcopy(model).requires_grad_(False)  # "Require: reference model f_ref"

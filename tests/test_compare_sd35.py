@@ -429,6 +429,7 @@ def comparison(out):
     compare_sd35.run_setting = slow_run
     compare_sd35.PASSES = {3: ((1 / 8, 1),)}
     compare_sd35.ORDER = [("shapes", "DGPO"), ("shapes", "Flow-GRPO")]
+    compare_sd35.MORE = {}
     compare_sd35.digest = lambda world: "tiny"
     line = ["--full", "--out", str(out)]
     cli.run("compare_sd35.py", lambda: compare_sd35.main(line))

@@ -255,10 +255,12 @@ class Results:
         with self.lock:
             kept = self.load(world)
             if kept["runs"].get(key, {"budget": 0})["budget"] < budget:
+                path = self.out / f"{world}-family.json"
+                if self.keep:  # what another comparison has written meanwhile is kept, too
+                    kept["runs"] |= cli.read_json(path).get("runs", {})
                 kept["runs"][key] = {"budget": budget, "evaluations": evaluations}
                 text = json.dumps(kept, separators=(",", ":"))
                 if self.keep:
-                    path = self.out / f"{world}-family.json"
                     cli.replace_file(path, lambda new: new.write_text(text))
                 end = evaluations[-1]
                 print(f"{world}: {key}: {end.cost} forwards, {end.accuracy:.3f}", flush=True)
@@ -282,8 +284,8 @@ class Results:
 
 
 def order(world: str, run: Run) -> tuple[float, float]:
-    """Less is better: the cost to arrive, then how far from the goal the run ends."""
-    return run.restricted(), -min(run.end.accuracy, WORLDS[world].goal)
+    """Less is better: the cost to arrive, then how far on the way to the goal the run ends."""
+    return run.restricted(), -min(way(world, run), 1)
 
 
 def search(results: Results, world: str, name: str, n: int) -> Search:

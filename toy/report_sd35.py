@@ -189,8 +189,8 @@ def page(
 
 
 FIRST_RUNG = """All settings that were tried, on one seed, after an eighth of the budget. All have
-cost the same then, so the accuracy at the end compares them. It is a seed of the search: what it
-chooses looks better here than it is."""
+cost the same then, so how far each has come compares them; another base is another pipeline's. It
+is a seed of the search: what it chooses looks better here than it is."""
 
 INTRODUCTION = f"""# The family on SD3.5's own classes
 
