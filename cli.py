@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from operator import ge, gt, le, lt
@@ -22,6 +23,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 FIGURES = (".png", ".jpg", ".pdf", ".svg", ".webp")  # endings that matplotlib knows
 LONGEST = 600  # characters of a line
+leave = os._exit  # a reward of one's own may not call it
 
 
 class Fault(Exception):
@@ -105,7 +107,12 @@ def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
 
 def first_line(error: BaseException) -> str:
     """What somebody else's error says first, or its type if it says nothing."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    try:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    except BaseException:  # its own __str__ fails, or leaves
+        lines = []
+    # "Error(s) in loading state_dict for CLIPModel:" says nothing yet.
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
     line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else "?" for c in line)
 
@@ -211,7 +218,7 @@ def signal_check() -> Callable[[], None]:
         received.append(time.monotonic())
         if received[-1] - received[0] > 1:
             os.write(2, b"stopped at once; what was saved before is kept\n")
-            os._exit(130)
+            leave(130)
 
     # A terminal that closes ends a run as Ctrl-C does, unless nohup has said that it must not.
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
@@ -260,7 +267,7 @@ def run(script: str, main: Callable[[], None]) -> None:
         if isinstance(error, OSError):  # what could not be printed is not tried again
             for number in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        sys.exit(found[0])
+        raise SystemExit(found[0])
 
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal says that it can show
@@ -276,3 +283,23 @@ def run(script: str, main: Callable[[], None]) -> None:
         if not verdict(error):
             raise
         end(type(error), error, None)
+
+
+def run_and_leave(script: str, main: Callable[[], None]) -> None:
+    """As `run`, and threads that a reward of one's own has left do not keep Python from its end.
+
+    It would wait for them; and it would crash in one that is inside torch.
+    """
+    code: Any = 0
+    try:
+        run(script, main)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # a bug of ours
+        sys.__excepthook__(*sys.exc_info())
+        code = 1
+    main_thread = threading.main_thread()
+    if any(not x.daemon and x is not main_thread for x in threading.enumerate()):
+        sys.stdout.flush()
+        leave(code)
+    raise SystemExit(code)

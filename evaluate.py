@@ -429,4 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run("evaluate.py", main)
+    cli.run_and_leave("evaluate.py", main)

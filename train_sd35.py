@@ -16,8 +16,6 @@ import copy
 import importlib.util
 import math
 import os
-import sys
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -598,11 +596,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        cli.run("train_sd35.py", main)
-    except SystemExit as end:
-        # Python's own end would crash in a thread that is inside torch, as a reward may still be.
-        if any(thread.name.startswith("reward") for thread in threading.enumerate()):
-            sys.stdout.flush()
-            os._exit(end.code)
-        raise
+    cli.run_and_leave("train_sd35.py", main)
