@@ -423,7 +423,9 @@ def launch(args: Arguments) -> Accelerator:
     tracker = None if args.report_to == "none" else args.report_to
     about = {"log_with": tracker, "project_dir": args.output_dir}
     with cli.launching():
-        return Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **about)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **about)
+        torch.ones(1, device=accelerator.device).item()  # the environment may name any device
+        return accelerator
 
 
 def precision(args: Arguments) -> torch.dtype:
