@@ -24,7 +24,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -193,9 +192,10 @@ def check_lora(path: Path, transformer: nn.Module) -> None:
                 raise ValueError(f"the model has no place for {name}")
             if (len(up), *down.shape[1:]) != shape or up.shape[1:] != down.shape[:1]:
                 raise ValueError(f"{place} has {[*down.shape]}, {[*up.shape]} for {[*shape]}")
-            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            real = tensor.numel() and tensor.is_floating_point()
+            if not real or not tensor.float().isfinite().all():
                 raise ValueError(f"{name} holds NaN, infinity, or no real numbers")
-    except (OSError, SafetensorError, ValueError) as error:
+    except Exception as error:  # whatever the library makes of other files
         raise Fault(f"argument --lora: cannot use {path} ({first_line(error)})") from None
 
 
@@ -209,7 +209,10 @@ def load(folder: Path) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if missing := STATE - state.keys():
             raise ValueError(f"it has no {min(missing)}")
-        return {**state, "step": int(state["step"]), "bad_steps": int(state["bad_steps"])}
+        state |= {"step": int(state["step"]), "bad_steps": int(state["bad_steps"])}
+        if not 0 <= state["bad_steps"] <= state["step"] <= 10**9:
+            raise ValueError(f"it has {state['bad_steps']} bad ones of {state['step']} steps")
+        return state
     except Exception as error:  # whatever torch makes of other files
         raise Fault(f"checkpoint {folder} is missing or damaged ({first_line(error)})") from None
 
@@ -293,16 +296,25 @@ def announce(
 def resume(state: dict[str, Any], model: sd35.Model, optimizer: Optimizer) -> tuple[int, int]:
     """Puts a run where a checkpoint was. Returns the steps done, and the bad ones among the last.
 
-    Raises Fault if the checkpoint is of a run with another LoRA.
+    Raises Fault if the checkpoint is of a run with another LoRA, or is not finite.
     """
+    settings = optimizer.param_groups[0].keys()
     try:
+        if not is_finite([*state["parameters"], *state["old"], *state["ema"]]):
+            raise ValueError("it is not finite")
         assign(model.theta, state["parameters"])
         assign(model.old, state["old"])
         assign(model.average, state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        if missing := settings - optimizer.param_groups[0].keys():
+            raise ValueError(f"its optimizer has no {min(missing)}")
+        for parameter, kept in optimizer.state.items():
+            moments = [x for x in kept.values() if x.ndim]
+            if not is_finite(moments) or any(x.shape != parameter.shape for x in moments):
+                raise ValueError("its optimizer is not of these parameters, or not finite")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Fault(
-            "argument --resume_from_checkpoint: the checkpoint is of another LoRA "
+            "argument --resume_from_checkpoint: the checkpoint is of another LoRA, or damaged "
             f"({first_line(error)}); give one of this run"
         ) from None
     return state["step"], state["bad_steps"]

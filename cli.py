@@ -11,9 +11,12 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 FIGURES = (".png", ".jpg", ".pdf", ".svg", ".webp")  # endings that matplotlib knows
 LONGEST = 600  # characters of a line
+leave = os._exit  # a reward of one's own may not call it
 
 
 class Fault(Exception):
@@ -51,6 +55,8 @@ def check(args: Any) -> None:
         value, about = getattr(args, field.name), field.metadata
         if isinstance(value, list) and field.default_factory is dataclasses.MISSING:
             raise Fault(f"argument --{field.name}: needs one value")  # "--x=--" comes as a list
+        if value == "" != field.default or isinstance(value, list) and "" in value:
+            raise Fault(f"argument --{field.name}: must not be empty")
         if isinstance(value, int | float):
             fits = all(LIMITS[name](value, about[name]) for name in LIMITS if name in about)
             needed = "a finite number" if fits else about["limits"]
@@ -105,7 +111,12 @@ def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
 
 def first_line(error: BaseException) -> str:
     """What somebody else's error says first, or its type if it says nothing."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+    try:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    except BaseException:  # its own __str__ fails, or leaves
+        lines = []
+    # "Error(s) in loading state_dict for CLIPModel:" says nothing yet.
+    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
     line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else "?" for c in line)
 
@@ -181,6 +192,13 @@ def check_ranks() -> None:
         for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise fault(name, "is not set, as it is by a launcher", "the others")
+        port = os.environ["MASTER_PORT"]
+        if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+            raise fault("MASTER_PORT", f"must be 0 to 65535, got {port!r}")
+        try:  # or torch would ask for it again for minutes
+            socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        except (OSError, UnicodeError) as error:
+            raise fault("MASTER_ADDR", first_line(error)) from None
 
 
 def is_first_process() -> bool:
@@ -190,13 +208,14 @@ def is_first_process() -> bool:
 
 @contextlib.contextmanager
 def launching() -> Iterator[None]:
-    """A process that does not find the others ends in one line."""
+    """A process that does not find the others, or that accelerate cannot set up: one line."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # accelerate's own kinds, and those of what it is told to use
+        said = " ".join(sorted(name for name in os.environ if name.startswith("ACCELERATE_")))
         raise Fault(
-            f"cannot start this process of several ({first_line(error)}); start all by torchrun or "
-            "accelerate launch"
+            f"cannot start this process ({first_line(error)}); start one alone, or all by torchrun "
+            f"or accelerate launch{f', and look at {said} in the environment' if said else ''}"
         ) from None
 
 
@@ -211,7 +230,7 @@ def signal_check() -> Callable[[], None]:
         received.append(time.monotonic())
         if received[-1] - received[0] > 1:
             os.write(2, b"stopped at once; what was saved before is kept\n")
-            os._exit(130)
+            leave(130)
 
     # A terminal that closes ends a run as Ctrl-C does, unless nohup has said that it must not.
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
@@ -238,6 +257,8 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         return 2, f"cannot write ({line}); make room"
     if isinstance(error, MemoryError | RuntimeError) and re.search("of memory|ate memory", line):
         return 2, f"out of memory ({line}); ask for less"  # torch's words for a GPU and a CPU
+    if isinstance(error, Warning):
+        return 2, f"{line}; this is a warning: leave -W error and PYTHONWARNINGS out"
     if isinstance(error, ImportError):  # a package is missing, too old, or broken
         return 2, f"{line}; pip install -r requirements.txt"
     return None
@@ -251,8 +272,12 @@ def run(script: str, main: Callable[[], None]) -> None:
     """
 
     def end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not (found := verdict(error)):
-            return sys.__excepthook__(kind, error, trace)
+        found = verdict(error)
+        if not found:  # a library reads its settings as it is imported
+            *_, last = traceback.extract_tb(trace)
+            if "site-packages" not in last.filename:
+                return sys.__excepthook__(kind, error, trace)
+            found = 2, f"{last.filename} does not load ({first_line(error)}); look at its settings"
         try:
             sys.stderr.write(f"{script}: {found[1]}\n" if found[1] else "")
         except OSError as full:
@@ -260,7 +285,7 @@ def run(script: str, main: Callable[[], None]) -> None:
         if isinstance(error, OSError):  # what could not be printed is not tried again
             for number in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        sys.exit(found[0])
+        raise SystemExit(found[0])
 
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal says that it can show
@@ -274,5 +299,26 @@ def run(script: str, main: Callable[[], None]) -> None:
         raise
     except BaseException as error:
         if not verdict(error):
+            sys.excepthook = sys.__excepthook__  # a bug of ours
             raise
         end(type(error), error, None)
+
+
+def run_and_leave(script: str, main: Callable[[], None]) -> None:
+    """As `run`, and threads that a reward of one's own has left do not keep Python from its end.
+
+    It would wait for them; and it would crash in one that is inside torch.
+    """
+    code: Any = 0
+    try:
+        run(script, main)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # a bug of ours
+        sys.__excepthook__(*sys.exc_info())
+        code = 1
+    main_thread = threading.main_thread()
+    if any(not x.daemon and x is not main_thread for x in threading.enumerate()):
+        sys.stdout.flush()
+        leave(code)
+    raise SystemExit(code)

@@ -25,7 +25,7 @@ def read_config(path: str, arguments: type) -> list[str]:
 
     try:
         if not Path(path).is_file():
-            raise OSError("there is no such file")
+            raise OSError("it is no file")
         text = Path(path).read_bytes().decode("utf-8-sig")
         text = text.expandtabs() if path.endswith(".json") else text
         tree = yaml.compose(text, yaml.BaseLoader)  # all as it is written: `no` may be a word

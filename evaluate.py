@@ -394,6 +394,7 @@ def evaluate(args: Arguments) -> None:
     claim_folder(args, texts)
     with cli.launching():
         state = PartialState(cpu=not torch.cuda.is_available())
+        torch.ones(1, device=state.device).item()  # the environment may name any device
     found = args.metrics or metrics_at_hand(args, prompts, state.device)
     args.metrics = list(dict.fromkeys(args.reward + found))
     if state.is_main_process:
@@ -429,4 +430,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run("evaluate.py", main)
+    cli.run_and_leave("evaluate.py", main)

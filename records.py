@@ -164,7 +164,8 @@ def cut_metrics(metrics: Path, done: int) -> None:
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: x for name, x in metrics.items() if isinstance(x, int | float)}
+    """Those of a step's metrics that can be drawn."""
+    return {k: x for k, x in metrics.items() if isinstance(x, int | float) and abs(x) < 1e300}
 
 
 def start_trackers(accelerator: Accelerator, args: Any) -> None:
@@ -234,6 +235,7 @@ def sheet(rows: list[tuple[str, list[str], Tensor]], side: int, columns: int = 1
     pen = ImageDraw.Draw(drawn)
     for i, (heading, captions, images) in enumerate(rows):
         x, y = i % columns * width, i // columns * (side + 2 * line)
+        heading = " ".join(heading.split())  # one line
         while pen.textlength(heading, font_size=14) > width - 8 and len(heading) > 1:
             heading = heading[:-2] + "…"
         pen.text((x + 4, y + 3), heading, fill="black", font_size=14)
@@ -348,7 +350,7 @@ Settings:
 
 ![curves](curves.png)
 """  # noqa: E501
-    replace_file(Path(args.output_dir) / "README.md", lambda new: new.write_text(text))
+    replace_file(Path(args.output_dir) / "README.md", lambda new: new.write_text(text, "utf-8"))
 
 
 def make_repository(args: Any) -> None:

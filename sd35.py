@@ -12,6 +12,7 @@ Times are the sampler's, in [0, 1], where 1 is pure noise; diffusers has them ti
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ import dgpo
 from cli import Fault, first_line, read_json
 
 diffusers_logging.disable_progress_bar()
-diffusers_logging.set_verbosity_error()
+diffusers_logging.set_verbosity(logging.CRITICAL)  # what goes wrong is also raised
 transformers_logging.disable_progress_bar()
 
 T5 = ["text_encoder_3", "tokenizer_3"]
@@ -94,6 +95,8 @@ def check_fit(folder: Path, resolution: int, rank: int) -> None:
     side = config["pos_embed_max_size"] * token
     width = config["num_attention_heads"] * config["attention_head_dim"]
     for name, given, most in (("resolution", resolution, side), ("rank", rank, width)):
+        if most < 1:
+            raise ValueError(f"by its config, it has no {name}")
         if given > most:
             raise Fault(f"argument --{name}: the model has at most {most}, got {given}")
 

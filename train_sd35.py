@@ -16,8 +16,6 @@ import copy
 import importlib.util
 import math
 import os
-import sys
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -428,7 +426,9 @@ def launch(args: Arguments) -> Accelerator:
     tracker = None if args.report_to == "none" else args.report_to
     about = {"log_with": tracker, "project_dir": args.output_dir}
     with cli.launching():
-        return Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **about)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **about)
+        torch.ones(1, device=accelerator.device).item()  # the environment may name any device
+        return accelerator
 
 
 def precision(args: Arguments) -> torch.dtype:
@@ -617,11 +617,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        cli.run("train_sd35.py", main)
-    except SystemExit as end:
-        # Python's own end would crash in a thread that is inside torch, as a reward may still be.
-        if any(thread.name.startswith("reward") for thread in threading.enumerate()):
-            sys.stdout.flush()
-            os._exit(end.code)
-        raise
+    cli.run_and_leave("train_sd35.py", main)

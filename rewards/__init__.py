@@ -33,18 +33,30 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cli import first_line, leave
+
 Reward = Callable[[Tensor, list[dict]], object]
 LONGEST = 300  # characters of another's error message
+SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, lambda x: torch.set_default_device(None if x.type == "cpu" else x)),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+)
 
 
 class RewardError(ValueError):
@@ -274,8 +286,11 @@ def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Ten
             raise RewardError(f"{error}; {hint}") from error.__cause__
         raise
     try:
-        if isinstance(result, np.ndarray):  # torch has no steps backwards, and one order of bytes
-            result = result.astype(result.dtype.newbyteorder("="), order="C")
+        if inspect.iscoroutine(result):
+            result.close()  # or Python warns that nobody waits for it
+        if isinstance(result, np.ndarray) and result.dtype.kind in "biuf":
+            # torch has no steps backwards, masks or longdoubles, and one order of bytes.
+            result = np.ma.filled(result.astype(np.float64, order="C"), np.nan)
         scores = torch.as_tensor(result)
         kind = str(tuple(scores.shape))
         if scores.shape == (len(images),) and not scores.is_complex():
@@ -312,21 +327,38 @@ def fence(what: str, place: str = "") -> Iterator[None]:
 def unchanged() -> Iterator[None]:
     """What code of others sets for the whole process is as before in the end.
 
-    That is torch's default dtype, default device and grad mode, the folder that relative paths
+    That is SETTINGS, the filters of warnings, signals' handlers, the folder that relative paths
     begin at, and where print writes to. A stream that was closed is one that nobody reads.
     """
-    device = torch.get_default_device()
     with ExitStack() as undo:
         undo.callback(set_streams, sys.stdout, sys.stderr)
-        undo.callback(torch.set_default_dtype, torch.get_default_dtype())
-        undo.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+        undo.enter_context(warnings.catch_warnings())
+        for ask, put in SETTINGS:
+            undo.callback(put_back, ask, put, ask())
+        if threading.current_thread() is threading.main_thread():  # where alone they can be set
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                undo.callback(signal.signal, number, signal.getsignal(number))
         with suppress(OSError):  # a folder that is gone
             undo.callback(os.chdir, os.getcwd())
-        try:
-            yield
-        finally:
-            if torch.get_default_device() != device:  # one that is set costs time at every call
-                torch.set_default_device(None if device.type == "cpu" else device)
+        run = os.getpid()
+        os._exit = partial(leave_unless_in_a_run, run)  # for good, as a thread may be left
+        undo.callback(lambda: os.getpid() == run or leave(1))  # a child is not to train, too
+        yield
+
+
+def put_back(ask: Callable[[], Any], put: Callable[[Any], Any], before: Any) -> None:
+    if ask() != before:  # a default device that is set costs time at every call
+        put(before)
+
+
+def leave_unless_in_a_run(run: int, code: int) -> NoReturn:
+    """os._exit for code of others: it would end a run without a word, and as if all were well.
+
+    In a child that the code has forked, it is the usual end.
+    """
+    if os.getpid() != run:
+        leave(code)
+    raise SystemExit(code)
 
 
 def set_streams(*streams: TextIO) -> None:
@@ -340,13 +372,7 @@ def may_be_ctrl_c() -> bool:
 
 def said(error: BaseException) -> str:
     """The error's kind and the first line of its message, cut where it is very long."""
-    kind = type(error).__name__
-    try:
-        text = str(error)
-    except BaseException:  # its own __str__ fails, or leaves
-        return kind
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])  # "Error(s) in ...:"
-    if isinstance(error, RewardError):
-        return line or kind  # a sentence of ours
-    return f"{kind}: {line[:LONGEST]}" if line else kind
+    kind, line = type(error).__name__, first_line(error)
+    if isinstance(error, RewardError) or line == kind:
+        return line  # a sentence of ours, or no message
+    return f"{kind}: {line[:LONGEST]}"

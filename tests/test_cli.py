@@ -292,6 +292,35 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeyp
         assert (tmp_path / name).read_bytes() == b'{"version": 4, "runs": {}}'
 
 
+class Silent(Exception):
+    def __str__(self):
+        raise SystemExit
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  a \nb"), "a"),
+        (
+            RuntimeError("Error(s) in loading:\n\tsize mismatch\nmore"),
+            "Error(s) in loading: size mismatch",
+        ),
+        (ValueError("\n"), "ValueError"),
+        (Silent(), "Silent"),
+    ],
+)
+def test_what_an_error_says_first(error, line):
+    assert cli.first_line(error) == line
+
+
+@pytest.mark.parametrize("ending", ["", "; 1 / 0", "; raise cli.Fault(str())"])
+def test_a_thread_that_is_left_does_not_keep_python(ending):
+    thread = "import threading, time, cli; threading.Thread(target=lambda: time.sleep(100)).start()"
+    code = f"{thread}\ndef main(): print(1){ending}\ncli.run_and_leave(str(), main)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=20, capture_output=True)
+    assert ran.stdout == b"1\n" and ran.returncode == {"": 0, "; 1 / 0": 1}.get(ending, 2)
+
+
 def test_nothing_heavy_is_imported():
     code = "import cli, sys; assert not {'torch', 'numpy', 'yaml', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

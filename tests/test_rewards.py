@@ -1,6 +1,7 @@
 """The rewards' interface, names and weights, and each reward on models built here."""
 
 import copy
+import gc
 import io
 import os
 import re
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -196,6 +199,7 @@ LOADING = {  # as it is loaded: the file's source, and what is said of it
     "f = 1 / 0": "ZeroDivisionError: division by zero .line 1.$",
     "import nothing_like_it\nf = 1": "ModuleNotFoundError: No module named 'nothing_like_it'",
     "class B(BaseException): pass\nraise B('so')\nf = 1": "B: so .line 2.$",
+    "import os\nos._exit(0)\nf = 1": "SystemExit: 0 .line 2.$",
     "f = 1\nassert not f": "AssertionError .line 2.$",
     "f = 1\nraise ValueError('\\n  a\\nb\\n' * 1000)": "ValueError: a .line 2.$",
     "f = 1\nraise ValueError('x' * 10**6)": "ValueError: x{300} .line 2.$",
@@ -245,6 +249,11 @@ CHANGES = {
     "torch.set_default_dtype(torch.float64)": torch.get_default_dtype,
     "torch.set_grad_enabled(False)": torch.is_grad_enabled,
     "torch.set_default_device('meta')": torch.get_default_device,
+    "torch.set_num_threads(7)": torch.get_num_threads,
+    "torch.use_deterministic_algorithms(True)": torch.are_deterministic_algorithms_enabled,
+    "torch.autograd.set_detect_anomaly(True)": torch.is_anomaly_enabled,
+    "import warnings; warnings.simplefilter('error')": lambda: warnings.filters[:],
+    "import signal; signal.signal(15, signal.SIG_IGN)": lambda: signal.getsignal(15),
 }
 
 
@@ -266,6 +275,41 @@ def test_what_foreign_code_sets_ends_with_it(change, end, own, images):
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.set_default_device(None)
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(False)
+        torch.set_anomaly_enabled(False)
+
+
+LEAVING = {  # what ends the process at once: how, and what becomes of it
+    "os._exit(0)": "SystemExit: 0 .line 4.$",
+    "os.fork() or os._exit(0); os.wait(); f()": "TypeError: .*missing 2 .*line 4.$",
+    "os.fork()": None,
+}
+
+
+@pytest.mark.parametrize("how", LEAVING)
+def test_no_reward_ends_the_process_and_no_child_of_it_goes_on(how, own, images, tmp_path):
+    """Another process can be ended by os._exit, as those of multiprocessing do."""
+    name = own(f"import os\n\ndef f(images, prompts):\n    {how}\n    return [1] * len(images)")
+    reward = rewards.load(name, "cpu")
+    try:
+        scores = rewards.score(name, reward, images, PROMPTS)
+        assert scores.tolist() == [1, 1, 1] and LEAVING[how] is None
+    except rewards.RewardError as error:
+        assert re.search(LEAVING[how], str(error))
+    with open(tmp_path / "after", "a") as after:
+        after.write("a process goes on\n")
+    with suppress(ChildProcessError):
+        os.wait()
+    assert (tmp_path / "after").read_text() == "a process goes on\n"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_reward_that_is_async_is_one_line(own, images):
+    name = own("async def f(images, prompts):\n    return [1.0] * len(images)")
+    with pytest.raises(rewards.RewardError, match="got a coroutine that holds no numbers"):
+        rewards.score(name, rewards.load(name, "cpu"), images, PROMPTS)
+    gc.collect()
 
 
 def test_a_stream_that_a_reward_closes_is_one_that_nobody_reads(images, monkeypatch):
@@ -291,9 +335,16 @@ def test_scores_are_of_their_own_and_without_gradients(images):
     assert first.tolist() == [0, 0, 0] and first.dtype == torch.float32
     sparse = torch.tensor([0.0, 1.0, 0.0]).to_sparse()
     assert rewards.score("mine", lambda *_: sparse, images, PROMPTS).tolist() == [0, 1, 0]
-    for backwards in (np.array([2, 1, 0.0])[::-1], np.array([0, 1, 2], ">f4")):
-        found = rewards.score("mine", lambda *_, given=backwards: given, images, PROMPTS)
+    numbers = np.arange(3)
+    for array in (
+        np.array([2, 1, 0.0])[::-1],
+        *map(numbers.astype, (">f4", np.longdouble, "u2", "f2")),
+    ):
+        found = rewards.score("mine", lambda *_, given=array: given, images, PROMPTS)
         assert found.tolist() == [0, 1, 2]
+    masked = np.ma.array([0.0, 1, 2], mask=[True, False, False])
+    found = rewards.score("mine", lambda *_: masked, images, PROMPTS)
+    assert found.isnan().tolist() == [True, False, False]
     seen = []
     rewards.score(
         "mine", lambda images, prompts: seen.append(weight * 2) or weight, images, PROMPTS

@@ -187,7 +187,13 @@ def test_the_help_shows_every_default_also_where_a_recipe_has_it(capsys, monkeyp
 NO_DEFAULT = "reward reward_model eval_reward resume_from_checkpoint config".split()
 
 
-TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+TWO = {
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+}
 BAD_RANKS = {
     "WORLD_SIZE": ["two", "-1", "0", "", "1.5"],
     "RANK": ["x", "-1", "2", "\u0663"],
@@ -209,7 +215,7 @@ def test_ranks_that_cannot_be_are_one_line_before_any_library(name, monkeypatch)
 
 
 def test_a_process_that_finds_no_other_is_one_line(monkeypatch):
-    with pytest.raises(cli.Fault, match="cannot start this process of several .no such host."):
+    with pytest.raises(cli.Fault, match="cannot start this process .no such host."):
         with cli.launching():
             raise RuntimeError("no such host\nand a trace")
 
