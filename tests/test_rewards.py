@@ -522,7 +522,9 @@ def test_without_a_network_it_is_one_line_at_once(tmp_path):
     )
     for name, line in zip(named, ran.stdout.splitlines(), strict=True):
         seconds, line = line.split(" ", 1)
-        assert line.startswith(f"cannot load the reward {name}: ") and float(seconds) < 15
+        assert (
+            line.startswith(f"cannot load the reward {name}: ") and float(seconds) < 60
+        )  # not minutes
         assert "http://127.0.0.1:9 does not answer" in line
         assert f"--reward_model {name}=" in line and "HF_HUB_OFFLINE=1" in line
     assert "Retrying" not in ran.stderr
