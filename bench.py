@@ -184,12 +184,16 @@ def plan_memory(args: Arguments, size: SimpleNamespace) -> None:
     numbers = sorted({1, 2, 4, 8, 12, 24, 48, args.micro_batch_size} - {0})
     print(f"together, by images a pass {''.join(f'{m:8d}' for m in numbers)}")
     rows = {"training": size.checkpointed, "  without checkpointing": size.whole}
-    for name, each in {**rows, "decoding, about": decode}.items():
+    for name, each in rows.items():
         print(f"{name:27}{''.join(f'{always + m * each:8.2f}' for m in numbers)}")
+    together = max(1, sd35.DECODED // (args.resolution // 8) ** 2)  # the VAE has passes of its own
+    shown = (f"{always + min(m, together) * decode:8.2f}" for m in numbers)
+    print(f"{'decoding, about':27}{''.join(shown)}")
     print(f"Most images a pass, if a tenth and {REWARD_GB} GB stay free, which PickScore takes:")
     for card in (16, 24, 40, 80):
         room = 0.9 * card - REWARD_GB
-        most = [int((room - always) / max(decode, each)) for each in rows.values()]
+        decodes = always + together * decode <= room
+        most = [int((room - always) / (each if decodes else decode)) for each in rows.values()]
         fits = f"{most[0]}, and {most[1]} without gradient checkpointing"
         print(f"{card:8} GB  {fits if room > encoding else 'no room for a text encoder'}")
 
@@ -203,7 +207,8 @@ def step_tflop(args: Arguments, size: SimpleNamespace) -> dict[str, float]:
     G, m = args.group_size, args.train_samples or args.group_size
     scales = (args.guidance_scale, args.reference_guidance_scale)
     guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
-    asked = bool(args.clip or args.bound) + (args.micro_batch_size < m)  # theta_old, and the gap
+    old = bool(args.clip or args.bound or args.ema_reference)
+    asked = old + (args.micro_batch_size < m)  # theta_old, and theta for the gap
     train = guided_reference * size.reference + asked * size.theta + size.backward
     each = {
         "rollout": args.num_inference_steps * guided * size.theta,
@@ -223,8 +228,9 @@ def plan(args: Arguments) -> None:
     print(f"TFLOP of a step of {args.prompts_per_step} groups of {args.group_size}:")
     for name, work in {**phases, "together": sum(phases.values())}.items():
         print(f"{work:8.0f}  {name}")
-    hours = sum(phases.values()) * args.max_train_steps / 3600 / 400
-    print(f"{hours:8.1f}  hours for {args.max_train_steps} steps, at 400 TFLOP/s all the time")
+    for rate, card in (400, "an H100 at best"), (70, "a card of 24 GB, perhaps"):
+        hours = sum(phases.values()) * args.max_train_steps / 3600 / rate
+        print(f"{hours:8.1f}  hours for {args.max_train_steps} steps at {rate} TFLOP/s: {card}")
 
 
 def random_pipeline(dtype: torch.dtype) -> StableDiffusion3Pipeline:
@@ -334,7 +340,8 @@ def bare_passes(trainer: Trainer, text: str) -> dict[str, Callable[[], object]]:
                 with torch.no_grad():
                     with model.reference():
                         forward(x, args.reference_guidance_scale)
-                    for _ in range(bool(args.clip or args.bound) + (len(batches) > 1)):
+                    old = bool(args.clip or args.bound or args.ema_reference)
+                    for _ in range(old + (len(batches) > 1)):
                         forward(x)
                 forward(x).float().mean().backward()
 

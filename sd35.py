@@ -208,6 +208,11 @@ class Encoder:
         return {text: found[text] for text in texts}
 
 
+# Latents' places in a pass of the VAE: 4 pictures of 512 pixels. It is in float32 and takes six
+# times the memory of a picture in training, whose passes it would bound, too.
+DECODED = 4 * 64 * 64
+
+
 @dataclass
 class Model:
     """Who can be asked, and for what. Asked is theta, unless a context names another.
@@ -280,8 +285,8 @@ class Model:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [0, 1]."""
-        parts = []
-        for x in latents.split(self.images_a_pass):
+        parts, most = [], max(1, DECODED // latents[0, 0].numel())
+        for x in latents.split(min(most, self.images_a_pass)):
             self.between_passes()
             parts.append(decode(self.pipe.vae, x))
         return torch.cat(parts)

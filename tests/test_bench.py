@@ -219,10 +219,12 @@ def test_the_plan_counts_the_real_geometry(capsys):
     bench.plan(train_sd35.parse_args([], bench.Arguments))
     lines = capsys.readouterr().out.splitlines()
     assert "transformer, 2.47 G weights" in lines[1] and "LoRA, 37.6 M" in lines[2]
-    for row in lines[7:10]:
+    for row in lines[7:9]:
         one, two, *_, last = map(float, row[27:].split())
         assert last - one == pytest.approx(47 * (two - one), rel=0.1, abs=0.5)
-    flop = {line.split()[1].strip(","): float(line.split()[0]) for line in lines[-6:-1]}
+    one, two, four, *more = map(float, lines[9][27:].split())  # decoding has passes of its own
+    assert four - one == pytest.approx(3 * (two - one), abs=0.02) and {*more} == {four}
+    flop = {line.split()[1].strip(","): float(line.split()[0]) for line in lines[-7:-2]}
     # Two FLOPs a parameter and token: an image token meets 12 d^2 a block, of d = 1536, and in 13
     # of the 24 blocks 4 d^2 more, one of the text 12 d^2. Attention and the LoRA come on top.
     parameters = 1024 * (24 * 12 + 13 * 4) * 1536**2 + 205 * 24 * 12 * 1536**2
@@ -269,6 +271,7 @@ def test_the_plan_counts_what_training_on_fewer_samples_saves():
     assert tflop(bound=1.0) == whole
     free, bounded = (tflop(clip=0.0, bound=bound)["train"] for bound in (0.0, 1.0))
     assert bounded - free == pytest.approx(192 * K * 2.0)
+    assert tflop(clip=0.0, ema_reference=True)["train"] == bounded  # as it is the reference
 
 
 def test_a_bad_argument_is_answered_before_a_library_is_loaded(tmp_path):

@@ -266,3 +266,13 @@ def test_one_network_at_a_time_is_on_the_device_while_prompts_are_encoded(tiny, 
     assert sent[:2] == [("transformer", "cpu"), ("vae", "cpu")]
     assert sent[2:-2] == [(name, place) for name in names[2:] for place in ("cpu:0", "cpu")]
     assert [name for name, _ in sent[-2:]] == names[:2] and there == set(names[:2])
+
+
+@torch.no_grad()
+def test_the_vae_has_passes_of_its_own(tiny_model, monkeypatch):
+    """However many images a pass of the transformer takes, and the pictures are the same."""
+    latents = torch.randn(5, *tiny_model.latent_shape)
+    whole, sizes = tiny_model.decode(latents), []
+    monkeypatch.setattr(sd35, "DECODED", 2 * latents[0, 0].numel())
+    monkeypatch.setattr(tiny_model, "between_passes", lambda: sizes.append(1))
+    assert torch.allclose(tiny_model.decode(latents), whole, atol=1e-6) and len(sizes) == 3
