@@ -535,6 +535,28 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
         Results(tmp_path, compute=False).run("shapes", {}, 0, 1000)
 
 
+def test_what_is_tried_afterwards_chooses_nothing_and_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    monkeypatch.setattr(compare_sd35, "run_setting", slow_run)
+    monkeypatch.setattr(compare_sd35, "digest", lambda world: "one")
+    monkeypatch.setattr(compare_sd35, "PASSES", {2: ((1 / 8, 1),)})
+    monkeypatch.setattr(compare_sd35, "ORDER", [("shapes", "DGPO")])
+    later = {"beta": 77.0}
+    monkeypatch.setattr(compare_sd35, "AFTERWARDS", {("shapes", "DGPO"): [later]})
+    results = Results(tmp_path)
+    found = compare_sd35.chosen(results, "shapes", "DGPO", 2)
+    for setting in (found.best, later):
+        results.run(
+            "shapes", setting, compare_sd35.TUNING_SEED, family_sd35.WORLDS["shapes"].budget
+        )
+    assert found.best != later and compare_sd35.chosen(results, "shapes", "DGPO", 2) == found
+    shown = compare_sd35.tried_afterwards(results, "shapes")
+    assert [one.setting for _, one in shown] == [found.best, later]
+    assert report_sd35.afterwards_row(*shown[1])[:2] == ["shapes", "DGPO"]
+    compare_sd35.main(["--table", "--out", str(tmp_path)])
+    assert "beta 77.0" in (tmp_path / "sd35.md").read_text().split("## Tried afterwards")[1]
+
+
 def test_another_pipeline_goes_on_with_the_search_and_has_reports_of_its_own(
     tmp_path, monkeypatch, capsys
 ):

@@ -266,6 +266,13 @@ class Results:
                 print(f"{world}: {key}: {end.cost} forwards, {end.accuracy:.3f}", flush=True)
         return Run(budget, evaluations).until(budget, goal)
 
+    def longest(self, world: str, setting: Setting, seed: int) -> Run:
+        """What is kept of a run of a search. Raises Missing."""
+        kept = self.load(world)["runs"].get(json.dumps([setting, seed], sort_keys=True))
+        if kept is None:
+            raise Missing(f"not begun yet: {world}, {setting}")
+        return Run(kept["budget"], [Evaluation(*row) for row in kept["evaluations"]])
+
     def runs(
         self, world: str, tasks: list[tuple[Setting, int]], budget: int, base: int = 0
     ) -> list[Run]:
@@ -331,6 +338,20 @@ def first_rung(results: Results, world: str) -> list[Tried]:
             with contextlib.suppress(Missing):
                 run = results.run(world, setting, TUNING_SEED, budget)
                 found.append(Tried(name, setting, run))
+    return found
+
+
+def tried_afterwards(results: Results, world: str) -> list[tuple[str, Tried]]:
+    """Beside the chosen setting, first: each for as long as it has run, but for the first rung."""
+    found = []
+    for (of, name), settings in AFTERWARDS.items():
+        if of == world:
+            with contextlib.suppress(Missing):
+                best = chosen(results, world, name, max(PASSES)).best
+                for setting in (best, *settings):
+                    run = results.longest(world, setting, TUNING_SEED)
+                    if run.budget > WORLDS[world].budget / 8:
+                        found.append((world, Tried(name, setting, run)))
     return found
 
 
@@ -417,14 +438,15 @@ def main(argv: list[str] | None = None) -> None:
             full(Results(out), args.worlds)
     finally:
         kept = Results(out, compute=False)
-        found, rungs, missing = {}, {}, []
+        found, rungs, afterwards, missing = {}, {}, [], []
         for world in WORLDS:
             bases = len(kept.load(world)["pipelines"]) or 1
             of_world = [reports(kept, world, base) for base in range(bases)]
             found |= {(world, base): each for base, each in enumerate(of_world) if each}
             missing += unfinished(world, of_world)
             rungs[world] = first_rung(kept, world)
-        text = page(out, found, rungs, missing)
+            afterwards += tried_afterwards(kept, world)
+        text = page(out, found, rungs, afterwards, missing)
         cli.replace_file(out / "sd35.md", lambda path: path.write_text(text))
         print(text)
 

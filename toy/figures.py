@@ -121,11 +121,10 @@ def ratio_cell(runs: list[Run], other: list[Run]) -> str:
 
 
 def panels(names: list[str], height: float) -> tuple[Figure, list[Axes]]:
-    """A panel for each name, three to a row, named."""
+    """A panel for each name, at most three to a row, named."""
     rows = math.ceil(len(names) / 3)
-    figure, axes = plt.subplots(
-        rows, min(3, len(names)), figsize=(13, height * rows), squeeze=False, layout="constrained"
-    )
+    columns, size = math.ceil(len(names) / rows), (13, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for panel, name in zip(axes.flat, names, strict=False):
         panel.set_title(name, fontsize=17)
         panel.tick_params(labelsize=13)

@@ -167,11 +167,15 @@ RUNG_HEADER += ["setting"]
 
 
 def page(
-    out: Path, found: dict[Place, dict[str, Report]], rungs: dict[str, list[Tried]], missing: list
+    out: Path,
+    found: dict[Place, dict[str, Report]],
+    rungs: dict[str, list[Tried]],
+    afterwards: list[tuple[str, Tried]],
+    missing: list[str],
 ) -> str:
     """The tables and their words; draws the figure, if there is anything to show.
 
-    found: by place and method. rungs: by world.
+    found: by place and method. rungs: by world. afterwards: what the search has chosen, and others.
     """
     parts = [INTRODUCTION]
     if found:
@@ -183,10 +187,29 @@ def page(
     rows = [rung_row(world, one) for world, tried in rungs.items() for one in tried]
     if rows:
         parts += ["## The first rung", FIRST_RUNG, figures.table(RUNG_HEADER, rows)]
+    if afterwards:
+        rows = [afterwards_row(world, one) for world, one in afterwards]
+        parts += ["## Tried afterwards", AFTERWARDS, figures.table(AFTERWARDS_HEADER, rows)]
     if missing:
         parts += ["## Not measured yet", f"`--full` goes on with: {'; '.join(missing)}."]
     return "\n\n".join(parts) + "\n"
 
+
+AFTERWARDS_HEADER = ["world", "method", "ran for, thousands", "near at", "accuracy: base, end"]
+AFTERWARDS_HEADER += ["setting"]
+
+
+def afterwards_row(world: str, one: Tried) -> list[str]:
+    seen = one.run.evaluations
+    there = arrival(seen, WORLDS[world].near)
+    near = "-" if there is None else f"{there / 1000:.0f}"
+    accuracy = f"{seen[0].accuracy:.3f}, {seen[-1].accuracy:.3f}"
+    return [world, one.name, f"{seen[-1].cost / 1000:.0f}", near, accuracy, shown(one.setting)]
+
+
+AFTERWARDS = """To see whether a verdict holds, after the report and on the search's seed: the
+chosen setting, first, and what else was tried near it and longer than the first rung. It chooses
+nothing. *Near* needs the run to be followed for a while."""
 
 FIRST_RUNG = """All settings that were tried, on one seed, after an eighth of the budget. All have
 cost the same then, so how far each has come compares them; another base is another pipeline's. It
