@@ -37,7 +37,7 @@ class Arguments:
 
     full: bool = cli.option(
         False,
-        "Search, report and sweep, in all worlds, and write the tables and figures: two hours on "
+        "Search, report and sweep, in all worlds, and write the tables and figures: five hours on "
         "two cores if nothing is kept. Without it, what was chosen runs again on other seeds.",
     )
     only: str | None = cli.option(
