@@ -58,9 +58,14 @@ def check(args: Any) -> None:
         if value == "" != field.default or isinstance(value, list) and "" in value:
             raise Fault(f"argument --{field.name}: must not be empty")
         if isinstance(value, int | float):
-            fits = all(LIMITS[name](value, about[name]) for name in LIMITS if name in about)
-            needed = "a finite number" if fits else about["limits"]
-            if not fits or isinstance(value, float) and not math.isfinite(value):
+            needed = ""
+            if not all(LIMITS[name](value, about[name]) for name in LIMITS if name in about):
+                needed = about["limits"]
+            elif isinstance(value, float) and not math.isfinite(value):
+                needed = "a finite number"
+            elif value and not 1e-30 <= abs(value) <= 1e30:  # float32 has not many more
+                needed = "1e-30 to 1e30 in size"
+            if needed:
                 raise Fault(f"argument --{field.name}: must be {needed}, got {value}")
 
 

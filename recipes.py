@@ -111,7 +111,9 @@ class Arguments:
 
     sampler: str = option("dpm++", "The rollout's deterministic sampler.", choices=SAMPLERS)
     num_inference_steps: int = option(10, "Steps of the sampler.", at_least=1, at_most=1000)
-    flow_shift: float = option(3.0, "Shift of the sampler's times towards noise.", above=0)
+    flow_shift: float = option(
+        3.0, "Shift of the sampler's times towards noise.", above=0, at_most=100
+    )
     guidance_scale: float = released(  # sample.guidance_scale
         4.5, "Guidance of the rollout; 1 is none.", cfg_free=1.0, cfg_free_ema=1.0, at_least=1
     )

@@ -266,6 +266,9 @@ class Trainer:
 
     def score(self, images: Tensor, prompt: dict, clock: Clock) -> dict[str, list[float]] | str:
         """Each reward's scores of a group, or what went wrong, which all processes must hear."""
+        if not images.isfinite().all():
+            about = f"of prompt {prompt['prompt']!r} are not finite"
+            return f"the pictures {about}; lower --learning_rate or --guidance_scale"
         try:
             with torch.cuda.device_of(images), clock("reward"):  # a thread begins on the first GPU
                 return {

@@ -187,7 +187,13 @@ def test_the_help_shows_every_default_also_where_a_recipe_has_it(capsys, monkeyp
 NO_DEFAULT = "reward reward_model eval_reward resume_from_checkpoint config".split()
 
 
-TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+TWO = {
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+}
 BAD_RANKS = {
     "WORLD_SIZE": ["two", "-1", "0", "", "1.5"],
     "RANK": ["x", "-1", "2", "\u0663"],
