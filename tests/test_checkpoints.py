@@ -94,6 +94,9 @@ def test_rubbish_in_a_checkpoint_is_one_line(tiny_model, tmp_path):
         [1],
         {"step": 3},
         {**whole, "step": "x"},
+        {**whole, "step": -1},
+        {**whole, "step": 10**30},
+        {**whole, "bad_steps": 4},
         dict.fromkeys(checkpoints.STATE, "x"),
     ):
         torch.save(rubbish, folder / "state.pt")
@@ -116,6 +119,39 @@ def test_a_checkpoint_of_another_lora_is_one_line(part, tiny_model, tmp_path):
     with pytest.raises(Fault, match="--resume_from_checkpoint: the checkpoint is of another LoRA"):
         checkpoints.resume({**state, "parameters": part}, tiny_model, optimizer)
     assert checkpoints.resume(state, tiny_model, optimizer) == (3, 0)
+
+
+def spoil(state, how):
+    group, kept = state["optimizer"]["param_groups"][0], state["optimizer"]["state"]
+    if how == "no betas":
+        del group["betas"]
+    elif how == "other shapes":
+        kept[0]["exp_avg"] = torch.zeros(3)
+    elif how == "moments not finite":
+        kept[0]["exp_avg"].fill_(torch.nan)
+    elif how == "theta not finite":
+        state["parameters"][0].fill_(torch.nan)
+
+
+@pytest.mark.parametrize(
+    "how", ["no betas", "other shapes", "moments not finite", "theta not finite", None]
+)
+def test_a_state_that_would_fail_in_the_next_step_is_one_line(how, tiny_model, tmp_path):
+    """Or worse: would go on, and blame the reward or the learning rate."""
+    optimizer = torch.optim.AdamW(tiny_model.theta)
+    sum(x.sum() for x in tiny_model.theta).backward()
+    optimizer.step()
+    state = {"step": 3, "bad_steps": 0, "optimizer": optimizer.state_dict()}
+    checkpoints.save(tmp_path, tiny_model, state, 2)
+    state = checkpoints.load(tmp_path / "checkpoint-3")
+    spoil(state, how)
+    again = torch.optim.AdamW(tiny_model.theta)
+    if how is None:
+        assert checkpoints.resume(state, tiny_model, again) == (3, 0)
+        return
+    with pytest.raises(Fault, match="is of another LoRA, or damaged .its? ") as fault:
+        checkpoints.resume(state, tiny_model, again)
+    assert "\n" not in str(fault.value)
 
 
 def test_what_is_not_named_as_a_checkpoint_is_none(tmp_path):

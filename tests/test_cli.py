@@ -147,6 +147,7 @@ ENDS = [
     (cli.Stopped(), 130, "x.py: stopped\n"),
     (KeyboardInterrupt(), 130, "x.py: stopped\n"),
     (ModuleNotFoundError("No module named 'torch'"), 2, "'torch'; pip install -r requirements.txt"),
+    (DeprecationWarning("is old"), 2, "x.py: is old; this is a warning: leave -W error and"),
     (MemoryError("Unable to allocate memory"), 2, "x.py: out of memory (Unable to allocate"),
     (RuntimeError("CUDA out of memory. Tried"), 2, "x.py: out of memory (CUDA out of memory."),
 ]
@@ -290,6 +291,14 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeyp
     assert {path.name for path in tmp_path.glob(f"*{name}*")} == before
     if before:
         assert (tmp_path / name).read_bytes() == b'{"version": 4, "runs": {}}'
+
+
+@pytest.mark.parametrize("name", ["TORCH_LOGS", "TQDM_NCOLS"])
+def test_a_setting_that_no_library_takes_is_one_line(name):
+    """They read it as they are imported."""
+    ran = bash("python train_sd35.py", **{name: "bogus"})
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert "does not load (" in ran.stderr and "look at its settings" in ran.stderr
 
 
 class Silent(Exception):

@@ -381,6 +381,11 @@ def change(weights, how):
         weights[name] = torch.zeros(4, 7)
     elif how == "other ranks":
         weights[name] = torch.zeros(3, 32)
+    elif how == "no dimensions":
+        weights[name.replace("lora_A", "lora_B")] = torch.tensor(1.0)
+    elif how == "no numbers":
+        for name, x in weights.items():
+            weights[name] = x[:0].clone() if "lora_A" in name else x[:, :0].clone()
     elif how == "half a pair":
         del weights[name]
     elif how == "one stray key":
@@ -395,6 +400,8 @@ MISFITS = {
     "no tensors": "it is empty",
     "other shapes": r"attn.to_q has \[4, 7\], \[32, 4\] for \[32, 32\]",
     "other ranks": r"attn.to_q has \[3, 32\], \[32, 4\] for \[32, 32\]",
+    "no dimensions": "0-d",
+    "no numbers": "lora_A.weight holds NaN, infinity, or no real numbers",
     "half a pair": "the model has no place for .*blocks.0.attn.to_q.lora_B.weight",
     "one stray key": "the model has no place for .*blocks.9.attn.to_q.lora_A.weight",
     "keys of another format": "the model has no place for unet.",

@@ -7,6 +7,7 @@ import pytest
 import shapes
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 import checkpoints
 import sd35
@@ -146,6 +147,24 @@ def without_file(name):
     return lambda folder, index: (folder / name).unlink()
 
 
+def set_config(name, **values):
+    def damage(folder, index):
+        path = folder / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+def not_finite(name):
+    def damage(folder, index):
+        path = folder / name / "diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        next(iter(weights.values())).view(-1)[0] = torch.nan
+        save_file(weights, path)
+
+    return damage
+
+
 def instead(**parts):
     return lambda folder, index: index.update(parts)
 
@@ -163,6 +182,10 @@ def instead(**parts):
         (without_file("vae/diffusion_pytorch_model.safetensors"), "vae"),
         (instead(transformer=["diffusers", "Nonsense"]), "no class `Nonsense`"),
         (lambda folder, index: index.clear(), "it has no scheduler"),
+        (set_config("transformer", patch_size=0), "by its config, it has no resolution"),
+        (set_config("vae", scaling_factor=0), "what its vae decodes is not finite"),
+        (not_finite("vae"), "its vae has no finite "),
+        (not_finite("transformer"), "its transformer has no finite "),
     ],
 )
 def test_a_folder_without_one_of_its_parts_is_one_line_that_names_it(tiny, tmp_path, damage, said):

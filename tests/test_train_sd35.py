@@ -112,6 +112,12 @@ BAD = {
     "--report_to paper": "invalid choice: 'paper'",
     "--report_to wandb": "--report_to: needs `pip install wandb`",
     "--micro_batch_size -1": "--micro_batch_size: must be 1 to 1000000, or auto, got -1",
+    "--micro_batch_size 0": ": must be 1 to 1000000, or auto, got 0",
+    "--train_prompts=": "argument --train_prompts: must not be empty",
+    "--hub_model_id a/b": "--hub_model_id: goes with --push_to_hub, got 'a/b'",
+    "--beta 1e-320": "argument --beta: must be 1e-30 to 1e30 in size, got ",
+    f"--ema_updates 1{'0' * 400}": "--ema_updates: must be 1e-30 to 1e30 in size, got 1000",
+    "--flow_shift 1e29": "argument --flow_shift: must be above 0 and at most 100, got 1e+29",
     "--micro_batch_size few": ": must be 1 to 1000000, or auto, got few",
     "--group_size 1000000": "--group_size: must be at least 2 and at most 10000, got 1000000",
     "--max_sequence_length 513": "must be at least 1 and at most 512, got 513",
@@ -496,6 +502,30 @@ def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp
     state = checkpoints.load(tmp_path / "run" / "checkpoint-5")
     assert all(torch.equal(*pair) for pair in zip(state["parameters"], state["ema"], strict=True))
     assert state["bad_steps"] == 5 and not state["optimizer"]["state"]
+
+
+def test_pictures_that_are_not_finite_are_no_rewards_fault(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sd35.Model, "decode", lambda _, x: torch.full((len(x), 3, 16, 16), torch.nan)
+    )
+    with pytest.raises(cli.Fault, match="the pictures of prompt '.*' are not finite; lower --lea"):
+        run(tiny, tmp_path / "run")
+
+
+def test_a_prompt_of_two_lines_is_drawn_as_one(tiny, tmp_path):
+    (tmp_path / "two.jsonl").write_text(json.dumps({"prompt": "red\nsquare"}))
+    run(tiny, tmp_path / "run", train_prompts=tmp_path / "two.jsonl", max_train_steps=1)
+    assert list((tmp_path / "run" / "validation").iterdir())
+
+
+def test_a_name_that_this_locale_cannot_write_ends_no_run(tiny, tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ascii_only}
+    line = flags(tiny, tmp_path / "r\xf6t", max_train_steps=1)
+    command = [sys.executable, "train_sd35.py", *line]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "dgpo" in (tmp_path / "r\xf6t" / "README.md").read_text("utf-8")
 
 
 def test_a_theta_that_is_not_finite_ends_the_run_and_is_not_saved(tiny, tmp_path):
