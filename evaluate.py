@@ -159,9 +159,10 @@ def parse_args(argv: list[str]) -> Arguments:
     if len(read) * args.seeds > MOST:
         n = len(read) * args.seeds
         raise Fault(f"argument --seeds: {len(read)} prompts of each are {n} pictures, over {MOST}")
-    bare = next((i for i, prompt in enumerate(read, 1) if "include" not in prompt), None)
-    if bare and any(name.startswith("geneval") for name in args.reward + args.metrics):
-        raise Fault(f"argument --prompts: prompt {bare} has no GenEval metadata, as geneval needs")
+    try:
+        rewards.check_prompts(args.reward + args.metrics, read)
+    except rewards.RewardError as error:
+        raise Fault(f"argument --prompts: {error}") from None
     return args
 
 
@@ -348,6 +349,10 @@ def grid(args: Arguments, asked: Asked, scores: np.ndarray) -> Image.Image:
 def report(args: Arguments, asked: Asked, kept: Scores) -> str:
     """Writes table.md, table.json and grid.png, and returns the tables. Raises Fault."""
     notes = ["Mean and 95 % bootstrap interval over prompts; the difference is paired by noise."]
+    if args.guidance_scale == 1:
+        notes.append(
+            "Both without guidance; the base model is meant for 4.5, as in the paper's row."
+        )
     scores = {}
     for metric in args.metrics:
         answers = np.array([kept[score_name(args, path, metric)] for path in asked])

@@ -396,12 +396,12 @@ def change(weights, how):
 
 
 MISFITS = {
-    "NaN": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight holds NaN, infinity",
+    "NaN": "transformer.transformer_blocks.0.attn.to_q.lora_[AB].weight holds NaN, infinity",
     "no tensors": "it is empty",
     "other shapes": r"attn.to_q has \[4, 7\], \[32, 4\] for \[32, 32\]",
     "other ranks": r"attn.to_q has \[3, 32\], \[32, 4\] for \[32, 32\]",
     "no dimensions": "0-d",
-    "no numbers": "lora_A.weight holds NaN, infinity, or no real numbers",
+    "no numbers": "lora_[AB].weight holds NaN, infinity, or no real numbers",
     "half a pair": "the model has no place for .*blocks.0.attn.to_q.lora_B.weight",
     "one stray key": "the model has no place for .*blocks.9.attn.to_q.lora_A.weight",
     "keys of another format": "the model has no place for unet.",
@@ -467,7 +467,7 @@ BAD = {
     "--lora {}/none": "argument --lora: must be a folder with",
     "--metrics magic": "argument --metrics: no reward 'magic'",
     "--prompts {}/empty.txt": "argument --prompts: ",
-    "--metrics geneval": "argument --prompts: prompt 1 has no GenEval metadata",
+    "--metrics geneval": "argument --prompts: prompt 1 is not for geneval",
     "--seeds 0": "argument --seeds: must be at least 1 and at most 1000, got 0",
     "--metrics compressibility=2": "argument --metrics: a metric has no weight",
     "--guidance_scale nan": "argument --guidance_scale: must be at least 1, got nan",
