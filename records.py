@@ -350,7 +350,9 @@ Settings:
 
 ![curves](curves.png)
 """  # noqa: E501
-    replace_file(Path(args.output_dir) / "README.md", lambda new: new.write_text(text, "utf-8", "replace"))
+    replace_file(
+        Path(args.output_dir) / "README.md", lambda new: new.write_text(text, "utf-8", "replace")
+    )
 
 
 def make_repository(args: Any) -> None:
