@@ -341,7 +341,8 @@ def unchanged() -> Iterator[None]:
         with suppress(OSError):  # a folder that is gone
             undo.callback(os.chdir, os.getcwd())
         run = os.getpid()
-        os._exit = partial(leave_unless_in_a_run, run)  # for good, as a thread may be left
+        undo.callback(setattr, os, "_exit", os._exit)
+        os._exit = partial(leave_unless_in_a_run, run)
         undo.callback(lambda: os.getpid() == run or leave(1))  # a child is not to train, too
         yield
 

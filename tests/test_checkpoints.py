@@ -294,11 +294,11 @@ def in_a_child(line):
     sys.argv = ["train_sd35.py", *line]
     try:
         cli.run("train_sd35.py", train_sd35.main)
-        os._exit(0)
+        cli.leave(0)
     except SystemExit as stop:
-        os._exit(stop.code)
+        cli.leave(stop.code)
     except BaseException:
-        os._exit(99)
+        cli.leave(99)
 
 
 LONG = {"max_train_steps": 24, "checkpointing_steps": 3, "old_after": 5, "group_size": 2}

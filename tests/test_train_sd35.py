@@ -514,11 +514,12 @@ def test_a_prompt_of_two_lines_is_drawn_as_one(tiny, tmp_path):
 def test_a_name_that_this_locale_cannot_write_ends_no_run(tiny, tmp_path):
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **ascii_only}
-    line = flags(tiny, tmp_path / "r\xf6t", max_train_steps=1)
-    command = [sys.executable, "train_sd35.py", *line]
+    (tmp_path / "r\xf6t.txt").write_text("red square")
+    prompts = {"train_prompts": tmp_path / "r\xf6t.txt", "max_train_steps": 1}
+    command = [sys.executable, "train_sd35.py", *flags(tiny, tmp_path / "run", **prompts)]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
     assert ended.returncode == 0, ended.stderr
-    assert "dgpo" in (tmp_path / "r\xf6t" / "README.md").read_text("utf-8")
+    assert "train_prompts: r??t.txt" in (tmp_path / "run" / "README.md").read_text("utf-8")
 
 
 def test_a_theta_that_is_not_finite_ends_the_run_and_is_not_saved(tiny, tmp_path):
