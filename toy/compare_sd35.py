@@ -193,7 +193,7 @@ def digest(world: str) -> str:
 def end_with_parent() -> None:
     """Makes this process end when the one that has started it does, however that ends."""
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (parent.join(), cli.leave(1)), daemon=True).start()
 
 
 class Results:
