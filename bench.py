@@ -72,7 +72,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import rewards
 import sd35
 import train_sd35
-from train_sd35 import Clock, Trainer
+from records import Clock
+from train_sd35 import Trainer
 
 TEXT = "a prompt"
 REWARD_GB = 3.9  # PickScore's weights in float32
@@ -198,17 +199,20 @@ def plan_memory(args: Arguments, size: SimpleNamespace) -> None:
         print(f"{card:8} GB  {fits if room > encoding else 'no room for a text encoder'}")
 
 
+def asks_old(args: Arguments) -> bool:
+    """Whether a step asks theta_old, once for all: for the clip or bound, or as the reference."""
+    return bool(args.clip or args.bound or args.ema_reference)
+
+
 def step_tflop(args: Arguments, size: SimpleNamespace) -> dict[str, float]:
     """TFLOP of a rollout of all groups and its training, by phase.
 
-    A rollout's samples, m a group, are trained on --updates_per_rollout times. theta_old is asked
-    for the clip or the bound, and once for both.
+    A rollout's samples, m a group, are trained on --updates_per_rollout times.
     """
     G, m = args.group_size, args.train_samples or args.group_size
     scales = (args.guidance_scale, args.reference_guidance_scale)
     guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
-    old = bool(args.clip or args.bound or args.ema_reference)
-    asked = old + (args.micro_batch_size < m)  # theta_old, and theta for the gap
+    asked = asks_old(args) + (args.micro_batch_size < m)  # theta_old, and theta for the gap
     train = guided_reference * size.reference + asked * size.theta + size.backward
     each = {
         "rollout": args.num_inference_steps * guided * size.theta,
@@ -340,8 +344,7 @@ def bare_passes(trainer: Trainer, text: str) -> dict[str, Callable[[], object]]:
                 with torch.no_grad():
                     with model.reference():
                         forward(x, args.reference_guidance_scale)
-                    old = bool(args.clip or args.bound or args.ema_reference)
-                    for _ in range(old + (len(batches) > 1)):
+                    for _ in range(asks_old(args) + (len(batches) > 1)):
                         forward(x)
                 forward(x).float().mean().backward()
 

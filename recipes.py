@@ -33,14 +33,10 @@ def released(default: Any, text: str, **about: Any) -> Any:
     return option(None, text, shown=shown, released={"": default, **others}, **about)
 
 
-def is_of(task: str, reward: str) -> bool:
-    """Whether a reward is a task's; a file of one's own is none's, whatever its name."""
-    return reward.startswith(task) and ":" not in reward
-
-
 def task_of(args: Arguments) -> str:
     """The published task whose settings and prompts are the default: its rewards' neediest."""
-    needy = (task for task in ("geneval", "ocr") for r in args.reward if is_of(task, r))
+    named = [r for r in args.reward if ":" not in r]  # a file of one's own is no task's
+    needy = (task for task in ("geneval", "ocr") for r in named if r.startswith(task))
     return next(needy, "pickscore")
 
 
