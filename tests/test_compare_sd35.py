@@ -354,6 +354,7 @@ def test_a_search_halves_and_prefers_what_arrives(monkeypatch):
         return round(30_000 * (1 + 1000 * abs(setting.get("learning_rate", 0) - goal)))
 
     results = MadeUp(cost)
+    monkeypatch.setattr(compare_sd35, "LOWEST", {})
     found = compare_sd35.search(results, "words", "DGPO", 12)
     assert found.best["learning_rate"] == goal and found.tried == 12 and found.work >= 1
     budget = family_sd35.WORLDS["words"].budget
@@ -370,6 +371,19 @@ def test_a_search_halves_and_prefers_what_arrives(monkeypatch):
     assert found.best["learning_rate"] == goal and found.tried == 13
     assert found.edges == ["learning_rate (low)", "beta (low)"]
     assert compare_sd35.search(results, "shapes", "DGPO", 12).tried == 12
+
+
+def test_where_the_best_is_at_an_edge_the_search_goes_beyond_it(monkeypatch):
+    """A best beta at the low end is tried lower; it is at an edge only of what was tried."""
+    name, place = "DGPO", 9
+    monkeypatch.setattr(compare_sd35, "LOWEST", {("words", name): place})
+    twelve, wider = compare_sd35.tried(name, 12), compare_sd35.tried(name, 12, "words")
+    best = twelve[place]
+    lower = [best | {"beta": beta} for beta in compare_sd35.LOWER_BETAS]
+    assert wider == twelve + lower and compare_sd35.tried(name, 6, "words") == twelve[:6]
+    assert compare_sd35.at_edges(name, best, twelve) == ["beta (low)"]
+    assert compare_sd35.at_edges(name, best, wider) == []
+    assert compare_sd35.at_edges(name, lower[-1], wider) == ["beta (low)"]
 
 
 def arriving(*costs, budget=400_000):
@@ -429,7 +443,7 @@ def comparison(out):
     compare_sd35.run_setting = slow_run
     compare_sd35.PASSES = {3: ((1 / 8, 1),)}
     compare_sd35.ORDER = [("shapes", "DGPO"), ("shapes", "Flow-GRPO")]
-    compare_sd35.MORE = {}
+    compare_sd35.MORE = compare_sd35.LOWEST = {}
     compare_sd35.digest = lambda world: "tiny"
     line = ["--full", "--out", str(out)]
     cli.run("compare_sd35.py", lambda: compare_sd35.main(line))
@@ -540,6 +554,7 @@ def test_what_is_tried_afterwards_chooses_nothing_and_is_shown(tmp_path, monkeyp
     monkeypatch.setattr(compare_sd35, "run_setting", slow_run)
     monkeypatch.setattr(compare_sd35, "digest", lambda world: "one")
     monkeypatch.setattr(compare_sd35, "PASSES", {2: ((1 / 8, 1),)})
+    monkeypatch.setattr(compare_sd35, "LOWEST", {})
     monkeypatch.setattr(compare_sd35, "ORDER", [("shapes", "DGPO")])
     later = {"beta": 77.0}
     monkeypatch.setattr(compare_sd35, "AFTERWARDS", {("shapes", "DGPO"): [later]})
@@ -564,6 +579,7 @@ def test_another_pipeline_goes_on_with_the_search_and_has_reports_of_its_own(
     monkeypatch.setenv("RUNS", str(tmp_path))
     monkeypatch.setattr(compare_sd35, "run_setting", slow_run)
     monkeypatch.setattr(compare_sd35, "PASSES", {2: ((1 / 8, 1),)})
+    monkeypatch.setattr(compare_sd35, "LOWEST", {})
     monkeypatch.setattr(compare_sd35, "ORDER", [("shapes", "DGPO")])
     begun = []
     for pipeline in ("one", "another", "one"):
