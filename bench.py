@@ -44,7 +44,7 @@ def read_command() -> str:
     """The command. Raises Fault if there is none, and SystemExit after the help."""
     command = (*sys.argv, "--help")[1]
     if command in ("-h", "--help"):
-        sys.exit(print(__doc__))
+        sys.exit(print(__doc__ or ""))
     if command not in ("plan", "step", "plain", "changes"):
         raise cli.Fault(f"the command must be plan, step, plain, changes, got {command!r}")
     return command

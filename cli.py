@@ -266,6 +266,10 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         return 2, f"{line}; this is a warning: leave -W error and PYTHONWARNINGS out"
     if isinstance(error, ImportError):  # a package is missing, too old, or broken
         return 2, f"{line}; pip install -r requirements.txt"
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.name == "<module>" and "site-packages" in frame.filename for frame in frames):
+        # A library reads its settings as it is imported.
+        return 2, f"{frames[-1].filename} does not load ({line}); look at its settings"
     return None
 
 
@@ -278,11 +282,8 @@ def run(script: str, main: Callable[[], None]) -> None:
 
     def end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         found = verdict(error)
-        if not found:  # a library reads its settings as it is imported
-            *_, last = traceback.extract_tb(trace)
-            if "site-packages" not in last.filename:
-                return sys.__excepthook__(kind, error, trace)
-            found = 2, f"{last.filename} does not load ({first_line(error)}); look at its settings"
+        if not found:
+            return sys.__excepthook__(kind, error, trace)
         try:
             sys.stderr.write(f"{script}: {found[1]}\n" if found[1] else "")
         except OSError as full:

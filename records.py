@@ -158,7 +158,7 @@ def cut_metrics(metrics: Path, done: int) -> None:
         return
     kept = [json.dumps(line) + "\n" for line in read_lines(metrics) if line["step"] <= done]
     if kept:
-        replace_file(metrics, lambda new: new.write_text("".join(kept)))
+        replace_file(metrics, lambda new: new.write_text("".join(kept), "utf-8"))
     else:
         metrics.unlink()
 

@@ -293,10 +293,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeyp
         assert (tmp_path / name).read_bytes() == b'{"version": 4, "runs": {}}'
 
 
+@pytest.mark.parametrize("script", ["train_sd35.py", "toy/run_2d.py"])
 @pytest.mark.parametrize("name", ["TORCH_LOGS", "TQDM_NCOLS"])
-def test_a_setting_that_no_library_takes_is_one_line(name):
-    """They read it as they are imported."""
-    ran = bash("python train_sd35.py", **{name: "bogus"})
+def test_a_setting_that_no_library_takes_is_one_line(name, script):
+    """They read it as they are imported, by a script's head or by its main."""
+    ran = bash(f"python {script}", **{name: "bogus"})
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
     assert "does not load (" in ran.stderr and "look at its settings" in ran.stderr
 

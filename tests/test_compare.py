@@ -288,16 +288,35 @@ def test_a_comparison_continues_where_it_was_stopped(small, capsys, monkeypatch)
     assert (small / "ring-2.json").read_text() == before
 
 
+RUN = {"arrived": None, "budget": 9.0, "seconds": 1.0, "evaluations": [[0, 0.5, 0.5, 0.5, 0.5]]}
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [('{"version": 4, "ru', "damaged"), ('{"version": 2, "cells": {}}', "of version 2, not 4")],
+    [
+        ('{"version": 4, "ru', "damaged"),
+        ('{"version": 2, "cells": {}}', "of version '2', not 4"),
+        ('{"version": [4], "runs": {}}', r"of version '\[4\]', not 4"),
+        ('{"version": 4, "runs": []}', "damaged"),
+        ('{"version": 4, "runs": {"a": 7}}', "damaged"),
+        *[
+            (json.dumps({"version": 4, "runs": {"a": RUN | changed}}), "damaged")
+            for changed in (
+                {"evaluations": []},
+                {"evaluations": [[0, "0.5", 0.5, 0.5, 0.5]]},
+                {"evaluations": [[0, 0.5]]},
+                {"seconds": "long"},
+                {"colour": "red"},
+            )
+        ],
+    ],
 )
 def test_a_damaged_or_old_file_is_moved_aside(text, reason, tmp_path, capsys):
     (tmp_path / "ring-2.json").write_text(text)
     with pytest.raises(cli.Fault, match=f"ring-2.json is {reason}; run --full to compute"):
         kept.Results(tmp_path, compute=False).load("ring-2")
     assert kept.Results(tmp_path).load("ring-2") == {}
-    assert f"ring-2.json is {reason}: moved to " in capsys.readouterr().out
+    assert re.search(f"ring-2.json is {reason}: moved to ", capsys.readouterr().out)
     (aside,) = tmp_path.iterdir()
     assert aside.read_text() == text and aside.name != "ring-2.json"
 

@@ -541,6 +541,10 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "toy/out/shapes/transformer/x.safetensors").write_bytes(b"x")
     assert "another version" in fault(version=1) and str(kept) in fault(version=1)
     assert "damaged" in fault(pipelines="x") and "damaged" in fault(runs=[])
+    for run in ({}, [], {"budget": 1}, {"budget": 1, "evaluations": [[0, 0.0, "0.5", 0.0]]}):
+        assert "damaged" in fault(runs={"a": run})
+    for rows in ([], [[0, 0.0, 0.5]], 7):
+        assert "damaged" in fault(runs={"a": {"budget": 1, "evaluations": rows}})
     kept.write_text("half of")
     with pytest.raises(cli.Fault, match="cannot read"):
         Results(tmp_path).run("shapes", {}, 0, 1000)

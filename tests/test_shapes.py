@@ -5,6 +5,7 @@ import random
 import pytest
 import shapes
 import tiny_sd35
+import tiny_world
 import torch
 
 import cli
@@ -140,3 +141,14 @@ def test_the_command_leaves_a_pipeline_prompts_and_pictures(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         run_main(monkeypatch, capsys, "--out", tmp_path / "none", "--lora", tmp_path)
     assert "holds no pipeline; run toy/shapes.py first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [["prompts.jsonl"], ["model_index.json", "vae"], ["notes.txt"]])
+def test_a_world_writes_into_no_folder_of_others(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("of somebody else")
+    with pytest.raises(cli.Fault, match=f"{names[0]}, and no pipeline of a toy; give a new folder"):
+        shapes.read_arguments(["--out", str(tmp_path)])
+    for name in (*tiny_world.OWN, *tiny_world.BEFORE, "base.png"):
+        (tmp_path / name).write_text("an earlier pipeline's")
+    shapes.read_arguments(["--out", str(tmp_path)])

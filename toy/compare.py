@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         sections += found
     if not args.only:
         text = page(sections, comparison.missing)
-        cli.replace_file(out / "README.md", lambda path: path.write_text(text))
+        cli.replace_file(out / "README.md", lambda path: path.write_text(text, "utf-8"))
 
 
 # The words of toy/results/README.md.

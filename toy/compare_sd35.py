@@ -209,6 +209,17 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), cli.leave(1)), daemon=True).start()
 
 
+def is_whole(kept: dict) -> bool:
+    """Whether what a file holds is what Results writes."""
+    try:
+        for run in kept["runs"].values():
+            first, *rows = [Evaluation(*row) for row in run["evaluations"]]
+            sum(map(sum, rows), run["budget"] + sum(first))  # a TypeError, if one is no number
+        return isinstance(kept["pipelines"], list)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
+
+
 class Results:
     """One JSON file a world, written aside and renamed after every run.
 
@@ -234,8 +245,7 @@ class Results:
             aside = f"move {path} away, or give another --out"
             if kept.get("version") != VERSION:
                 raise Fault(f"the runs in {path} are of another version; {aside}")
-            types = type(kept.get("pipelines")), type(kept.get("runs"))
-            if types != (list, dict):
+            if not is_whole(kept):
                 raise Fault(f"the runs in {path} are damaged; {aside}")
             if self.compute and digest(world) not in kept["pipelines"]:
                 kept["pipelines"].append(digest(world))

@@ -38,11 +38,14 @@ class Results:
         if not path.exists():
             return {}
         try:
-            stored = json.loads(path.read_text() if path.is_file() else "")
+            stored = json.loads(path.read_text("utf-8") if path.is_file() else "")
             if stored["version"] == VERSION:
-                return dict(stored["runs"])
-            reason = f"of version {stored['version']}, not {VERSION}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                for found in stored["runs"].values():
+                    if "evaluations" in found:
+                        as_run(found)
+                return stored["runs"]
+            reason = f"of version {str(stored['version'])[:20]!r}, not {VERSION}"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             reason = "damaged"
         if not (self.compute and self.keep):
             raise cli.Fault(f"{path} is {reason}; run --full to compute it again")
@@ -58,7 +61,7 @@ class Results:
         # Another comparison may have written to the file since it was read.
         self.kept[world] = {**self.load(world), **self.kept[world], key: found}
         text = json.dumps({"version": VERSION, "runs": self.kept[world]}, separators=(",", ":"))
-        cli.replace_file(self.folder / f"{world}.json", lambda path: path.write_text(text))
+        cli.replace_file(self.folder / f"{world}.json", lambda path: path.write_text(text, "utf-8"))
 
     def run(self, title: str, world: str, tasks: list[tuple]) -> list[dict]:
         """What the tasks (function, seed, ...) return. What is missing is computed, a core a task.
@@ -107,11 +110,16 @@ class Results:
         budget = share * budget_in(settings[0].world)
         how = (budget,) if followed == FOLLOWED else (budget, followed)
         tasks = [(run_setting, seed, setting, *how) for setting in settings for seed in seeds]
-        found = [
-            Run(**{**kept, "evaluations": [Evaluation(*row) for row in kept["evaluations"]]})
-            for kept in self.run(title, settings[0].world, tasks)
-        ]
+        found = [as_run(kept) for kept in self.run(title, settings[0].world, tasks)]
         return [found[i : i + len(seeds)] for i in range(0, len(found), len(seeds))]
+
+
+def as_run(kept: dict) -> Run:
+    """A run as it was before it was kept. Raises TypeError, or a LookupError, if it is none."""
+    rows = [Evaluation(*row) for row in kept["evaluations"]]
+    run = Run(**kept | {"evaluations": rows})
+    sum(map(sum, rows), run.restricted() + run.budget + run.seconds + rows[0].cost)  # numbers all
+    return run
 
 
 def changed_fields(setting: Setting) -> dict:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # a LoRA's file in a run's folder
-OWN = ("model_index.json", "prompts.jsonl", "held_out.jsonl", "base.png")  # what it writes
+OWN = {"model_index.json", "prompts.jsonl", "held_out.jsonl"}  # what it has written in the end
+BEFORE = {"scheduler", "transformer", "vae"}  # what there is of a pipeline until then
+BEFORE |= {f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
 # How pictures are drawn for the table: guidance scale and steps. The first is that of the training.
 CONDITIONS = {"": (1.0, 10), ", guidance 2": (2.0, 10), ", 28 steps": (1.0, 28)}
 
@@ -60,9 +62,9 @@ def read_arguments(arguments: type, argv: list[str] | None, script: str) -> Argu
     if args.lora and not os.path.isfile(f"{args.out}/model_index.json"):
         raise Fault(f"argument --out: {args.out} holds no pipeline; run {script} first")
     cli.make_folder(args.out, "out")
-    there = sorted(path.name for path in Path(args.out).iterdir() if path.name[0] != ".")
-    if there and not any(name in there for name in OWN):
-        where = f"argument --out: {args.out} holds {there[0]}, and no pipeline"
+    there = {path.name for path in Path(args.out).iterdir() if path.name[0] != "."}
+    if not (args.lora or there >= OWN or there <= BEFORE):
+        where = f"argument --out: {args.out} holds {min(there - BEFORE)}, and no pipeline of a toy"
         raise Fault(f"{where}; give a new folder, or an empty one")
     cli.make_place(str(Path(args.out) / "base.png"), "out", cli.FIGURES)
     if args.figure is not None:
@@ -131,13 +133,15 @@ def run(
             check_lora(lora / WEIGHTS, pipe.transformer)
     else:
         pipe = build()
-        for name, prompts in files.items():
-            lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-            cli.replace_file(out / f"{name}.jsonl", lambda new, lines=lines: new.write_text(lines))
         progress = tqdm(pretrain(pipe, args.pretraining), "pretraining", total=args.pretraining)
         for loss in progress:
             progress.set_postfix(loss=f"{loss:.3f}")
         tried(f"cannot write {out}", pipe.save_pretrained, out)
+        for name, prompts in files.items():
+            text = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+            cli.replace_file(
+                out / f"{name}.jsonl", lambda new, text=text: new.write_text(text, "utf-8")
+            )
         print(f"wrote {out}", flush=True)
     pipe.scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
