@@ -230,8 +230,11 @@ def signal_check() -> Callable[[], None]:
     A second one ends the process at once, but for one within a second: launchers repeat the first.
     """
     received: list[float] = []
+    here = os.getpid()
 
-    def receive(*_: Any) -> None:
+    def receive(number: int, _: Any) -> None:
+        if os.getpid() != here:  # a child that a reward has forked: its parent means it to end
+            leave(128 + number)
         received.append(time.monotonic())
         if received[-1] - received[0] > 1:
             os.write(2, b"stopped at once; what was saved before is kept\n")

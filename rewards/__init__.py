@@ -341,8 +341,8 @@ def unchanged() -> Iterator[None]:
         with suppress(OSError):  # a folder that is gone
             undo.callback(os.chdir, os.getcwd())
         run = os.getpid()
-        undo.callback(setattr, os, "_exit", os._exit)
-        os._exit = partial(leave_unless_in_a_run, run)
+        if os._exit is leave:  # for good, as a thread or an exit handler may call it later
+            os._exit = partial(leave_unless_in_a_run, run)
         undo.callback(lambda: os.getpid() == run or leave(1))  # a child is not to train, too
         yield
 
@@ -355,7 +355,7 @@ def put_back(ask: Callable[[], Any], put: Callable[[Any], Any], before: Any) -> 
 def leave_unless_in_a_run(run: int, code: int) -> NoReturn:
     """os._exit for code of others: it would end a run without a word, and as if all were well.
 
-    In a child that the code has forked, it is the usual end.
+    In a thread it ends the thread; in a child that the code has forked, it is the usual end.
     """
     if os.getpid() != run:
         leave(code)

@@ -14,6 +14,7 @@ import flow2d
 import kept
 import pytest
 import shapes
+import tiny_world
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -226,6 +227,19 @@ def test_libraries_that_do_not_load(script, found, code, said, tmp_path):
     assert ran.returncode == code and said in ran.stderr and ran.stderr.count("\n") == 1
 
 
+def test_a_child_that_a_reward_has_forked_obeys_its_parent():
+    """It has the run's handlers; multiprocessing's pools end their children by SIGTERM."""
+    code = """if True:
+        import cli, multiprocessing, time
+        check = cli.signal_check()
+        with multiprocessing.get_context("fork").Pool(1, time.sleep, [60]):
+            time.sleep(0.2)
+        check()
+        print("goes on", flush=True)
+    """
+    assert bash(f"timeout 20 python -c '{code}'").stdout == "goes on\n"
+
+
 def test_a_second_signal_ends_at_once_and_a_launchers_repetition_does_not():
     code = """if True:
         import cli, os, signal, time
@@ -280,7 +294,8 @@ WRITTEN = {  # the file that there is no room for, and who writes it
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeypatch, capsys):
     """What is written aside meets a device that is full; what was there before stays."""
     if name not in ("a.txt", "a.jsonl"):  # prompts.py writes nothing over
-        (tmp_path / name).write_bytes(b'{"version": 4, "runs": {}}')
+        for there in {name} | (tiny_world.OWN if name in ("held_out.jsonl", "base.png") else set()):
+            (tmp_path / there).write_bytes(b'{"version": 4, "runs": {}}')
     before = {path.name for path in tmp_path.iterdir()}
     (tmp_path / f".{os.getpid()}-{name}").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as end:
@@ -288,7 +303,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeyp
     line = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and f"cannot write {tmp_path / name} (" in line
     assert "No space left on device" in line
-    assert {path.name for path in tmp_path.glob(f"*{name}*")} == before
+    assert {path.name for path in tmp_path.glob(f"*{name}*")} == before & {name}
     if before:
         assert (tmp_path / name).read_bytes() == b'{"version": 4, "runs": {}}'
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -280,8 +281,10 @@ def test_what_foreign_code_sets_ends_with_it(change, end, own, images):
         torch.set_anomaly_enabled(False)
 
 
+LATER = "import threading; threading.Timer(0.1, lambda: os._exit(1)).start()"  # after the call
 LEAVING = {  # what ends the process at once: how, and what becomes of it
     "os._exit(0)": "SystemExit: 0 .line 4.$",
+    LATER: None,
     "os.fork() or os._exit(0); os.wait(); f()": "TypeError: .*missing 2 .*line 4.$",
     "os.fork()": None,
 }
@@ -297,6 +300,7 @@ def test_no_reward_ends_the_process_and_no_child_of_it_goes_on(how, own, images,
         assert scores.tolist() == [1, 1, 1] and LEAVING[how] is None
     except rewards.RewardError as error:
         assert re.search(LEAVING[how], str(error))
+    time.sleep(0.3 * (how == LATER))
     with open(tmp_path / "after", "a") as after:
         after.write("a process goes on\n")
     with suppress(ChildProcessError):
