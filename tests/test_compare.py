@@ -300,7 +300,7 @@ RUN = {"arrived": None, "budget": 9.0, "seconds": 1.0, "evaluations": [[0, 0.5, 
         ('{"version": 4, "runs": []}', "damaged"),
         ('{"version": 4, "runs": {"a": 7}}', "damaged"),
         *[
-            (json.dumps({"version": 4, "runs": {"a": RUN | changed}}), "damaged")
+            (json.dumps({"version": 4, "runs": {'["run_setting"]': RUN | changed}}), "damaged")
             for changed in (
                 {"evaluations": []},
                 {"evaluations": [[0, "0.5", 0.5, 0.5, 0.5]]},

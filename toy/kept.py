@@ -40,9 +40,8 @@ class Results:
         try:
             stored = json.loads(path.read_text("utf-8") if path.is_file() else "")
             if stored["version"] == VERSION:
-                for found in stored["runs"].values():
-                    if "evaluations" in found:
-                        as_run(found)
+                for key, found in stored["runs"].items():
+                    (as_run if key.startswith('["run_setting"') else dict)(found)
                 return stored["runs"]
             reason = f"of version {str(stored['version'])[:20]!r}, not {VERSION}"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
