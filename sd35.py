@@ -55,7 +55,7 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
     words: transformers makes do with one that knows none, and then all prompts are equal.
     fits: a resolution and a LoRA's rank, which are checked before the weights are read.
     """
-    local = Path(model).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+    local = Path(model).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model)
     try:
         if local and not Path(model).is_dir():
             raise ValueError("there is no such folder")
@@ -78,7 +78,7 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
     except Fault:
         raise
     except Exception as error:  # whatever the libraries make of other files
-        hub = f"accept its licence at https://huggingface.co/{model}, do `hf auth login`"
+        hub = f"accept its licence at https://huggingface.co/{model} and do `hf auth login`"
         hint = f"{'mend it' if local else hub}, or give a folder as save_pretrained writes it"
         raise Fault(f"cannot load {model} ({first_line(error)}); {hint}") from None
     pipe.set_progress_bar_config(disable=True)

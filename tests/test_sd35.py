@@ -120,12 +120,13 @@ def test_a_lora_is_saved_as_the_average_and_loads_in_diffusers(tiny_model, point
         sd35.load_lora(pipe, tmp_path / "none")
 
 
-def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
+@pytest.mark.parametrize("name", ["{}/nowhere", "./nowhere", "../nowhere", "~/nowhere", "nowhere"])
+def test_a_model_that_is_not_there_says_what_to_do(name, tmp_path):
     with pytest.raises(
         Fault, match="cannot load .*nowhere .there is no such folder.*give a folder"
     ) as fault:
-        sd35.load_pipeline(str(tmp_path / "nowhere"), torch.float32)
-    assert "\n" not in str(fault.value)
+        sd35.load_pipeline(name.format(tmp_path), torch.float32)
+    assert "\n" not in str(fault.value) and "licence" not in str(fault.value)
 
 
 def test_weights_are_finite_though_their_sum_is_too_large_for_float16(tiny):
