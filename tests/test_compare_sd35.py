@@ -386,6 +386,18 @@ def test_where_the_best_is_at_an_edge_the_search_goes_beyond_it(monkeypatch):
     assert compare_sd35.at_edges(name, lower[-1], wider) == ["beta (low)"]
 
 
+def test_a_report_is_of_what_a_search_finds_twice(monkeypatch):
+    """Runs of another pipeline that a search replaces by longer ones may rank otherwise then."""
+    found = iter([{"beta": 1.0}, {"beta": 2.0}, {"beta": 2.0}])
+    monkeypatch.setattr(
+        compare_sd35, "chosen", lambda *_: Search(next(found, {"beta": 2.0}), 12, 1, [])
+    )
+    results = MadeUp(lambda *_: 1000)
+    results.base = lambda world: 0
+    compare_sd35.measure(results, "words", "DGPO", 12)
+    assert [setting for setting, *_ in results.asked] == 3 * [{"beta": 2.0}]
+
+
 def arriving(*costs, budget=400_000):
     return [Run(budget, evaluations(0.5, 0.99, cost=cost or budget), cost) for cost in costs]
 
