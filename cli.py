@@ -263,7 +263,9 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         return 141, ""  # nobody reads what is printed; shells have this code for it
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 2, f"cannot write ({line}); make room"
-    if isinstance(error, MemoryError | RuntimeError) and re.search("of memory|ate memory", line):
+    if isinstance(error, MemoryError | RuntimeError) and re.search(
+        "of memory|ate memory|ALLOC_FAILED", line
+    ):
         return 2, f"out of memory ({line}); ask for less"  # torch's words for a GPU and a CPU
     if isinstance(error, Warning):
         return 2, f"{line}; this is a warning: leave -W error and PYTHONWARNINGS out"

@@ -20,6 +20,7 @@ import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -398,7 +399,8 @@ def evaluate(args: Arguments) -> None:
     texts = [prompt["prompt"] for prompt in prompts for _ in range(args.seeds)]
     claim_folder(args, texts)
     with cli.launching():
-        state = PartialState(cpu=not torch.cuda.is_available())
+        # One process may be done hours before another: ten minutes of patience are too few.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         torch.ones(1, device=state.device).item()  # the environment may name any device
     found = args.metrics or metrics_at_hand(args, prompts, state.device)
     args.metrics = list(dict.fromkeys(args.reward + found))

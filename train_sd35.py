@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ import huggingface_hub
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -290,25 +291,28 @@ class Trainer:
         """Lines 8 to 14, U times, for this process's groups: (p, text, latents, advantages) each.
 
         anywhere: whether any process has one. Returns what backward_group does for each, and the
-        mean of the gradients' norms, or None if one was not finite. A signal between two updates
-        undoes the first, as a checkpoint is one of whole steps.
+        mean of the gradients' norms, or None if one was not finite. A signal or a full memory
+        between two updates undoes the first, as a checkpoint is one of whole steps.
         """
         theta, groups, norms, U = self.model.theta, [], [], self.args.updates_per_rollout
         before = copy.deepcopy([theta, self.optimizer.state_dict()]) if U > 1 else None
-        for update in range(U):
-            self.optimizer.zero_grad()
-            stopped = False
-            try:
-                for group in work:
-                    groups.append(self.backward_group(step, *group, update))  # lines 8 to 13
-            except Stopped:
-                stopped = True
-            if self.reduce_gradients(stopped):
-                if before:
-                    checkpoints.assign(theta, before[0])
-                    self.optimizer.load_state_dict(before[1])
-                raise Stopped
-            norms.append(self.update(anywhere))  # line 14
+        try:
+            for update in range(U):
+                self.optimizer.zero_grad()
+                stopped = False
+                try:
+                    for group in work:
+                        groups.append(self.backward_group(step, *group, update))  # lines 8 to 13
+                except Stopped:
+                    stopped = True
+                if self.reduce_gradients(stopped):
+                    raise Stopped
+                norms.append(self.update(anywhere))  # line 14
+        except (Stopped, torch.OutOfMemoryError):
+            if before:
+                checkpoints.assign(theta, before[0])
+                self.optimizer.load_state_dict(before[1])
+            raise
         return groups, None if None in norms else sum(norms) / U
 
     def backward_group(
@@ -387,13 +391,13 @@ class Trainer:
             dgpo.ema_update(model.average, model.theta, decay)
 
     def render(self, prompts: list[dict]) -> Tensor:
-        """A validation picture of each prompt, from noise that is the same at every call."""
+        """A validation picture of each prompt, on the CPU, from the same noise at every call."""
         steps, guidance = self.args.eval_inference_steps, self.args.guidance_scale
         latents = [
             self.model.sample(prompt["prompt"], self.noise(VALIDATION, i)[None], steps, guidance)
             for i, prompt in enumerate(prompts)
         ]
-        return torch.cat([self.model.decode(latent) for latent in latents])
+        return torch.cat([self.model.decode(latent).cpu() for latent in latents])  # any number
 
     def save(self) -> None:
         """A checkpoint of the steps that are done."""
@@ -416,7 +420,7 @@ class Trainer:
         with self.model.saved_average():
             now = self.render(prompts)
         judges = {**self.trained_on, **watched}
-        return records.validate(self.picture, prompts, base, now, judges)
+        return records.validate(self.picture, prompts, base, now, judges, self.device)
 
 
 # The run
@@ -428,8 +432,12 @@ def launch(args: Arguments) -> Accelerator:
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     tracker = None if args.report_to == "none" else args.report_to
     about = {"log_with": tracker, "project_dir": args.output_dir}
+    # The others wait while one validates, or while its reward is slow: ten minutes are too few.
+    about["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(days=1))]
     with cli.launching():
         accelerator = Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, **about)
+        if accelerator.distributed_type.value in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+            raise ValueError("the launcher's settings ask for DeepSpeed, FSDP or Megatron")
         torch.ones(1, device=accelerator.device).item()  # the environment may name any device
         return accelerator
 
@@ -513,7 +521,9 @@ def fit_micro_batch(trainer: Trainer) -> int:
             a_pass(m)
             return m
         except RuntimeError as error:  # libraries have their own ways to say it
-            memory = any(word in str(error) for word in ("memory", "CUDA", "cuDNN", "CUBLAS"))
+            memory = any(
+                word in str(error) for word in ("memory", "CUDA", "cuDNN", "CUBLAS", "engine")
+            )
             if m == 1 or not memory:
                 raise
         finally:
@@ -558,7 +568,8 @@ def train(args: Arguments) -> None:
         for step in progress:  # line 1
             chosen = prompts_of_step(training, args, step)  # line 3
             if any(text not in model.encoded for text in ["", *texts_of(step)]):
-                ahead = range(step, min(step + 16, args.max_train_steps))
+                many = 16 * accelerator.num_processes  # steps: about 16 steps' prompts in all
+                ahead = range(step, min(step + many, args.max_train_steps))
                 texts = [text for later in ahead for text in texts_of(later)]
                 texts += [prompt["prompt"] for prompt in validation if main]
                 model.encoded = encode(texts, model.encoded)
@@ -592,7 +603,7 @@ def train(args: Arguments) -> None:
                 raise Fault("five steps in a row had no finite gradient; lower --learning_rate")
             if trainer.done % args.checkpointing_steps == 0 or last:
                 trainer.save()
-    except (Fault, Stopped) as end:
+    except (Fault, Stopped, torch.OutOfMemoryError) as end:
         trainer.save()
         saved = Stopped("stopped, and saved; continue with --resume_from_checkpoint latest")
         raise (saved if isinstance(end, Stopped) else end) from None
@@ -615,7 +626,8 @@ def main() -> None:
     except torch.OutOfMemoryError as error:
         raise Fault(
             f"out of memory ({first_line(error)}); lower --micro_batch_size, which does not "
-            "change the result; if it is 1, or prompts are being encoded, this device is too small"
+            "change the result, and resume; if it is 1, or prompts are being encoded, this device "
+            "is too small"
         ) from None
 
 

@@ -36,6 +36,7 @@ from tiny_run import (
 import checkpoints
 import cli
 import records
+import sd35
 import train_sd35
 from cli import Fault
 
@@ -348,6 +349,24 @@ def test_a_signal_saves_and_the_run_can_go_on(number, tiny, whole, tmp_path):
     assert os.WEXITSTATUS(status) == 130
     (saved,) = checkpoints.newest_first(out)
     assert int(saved.name.split("-")[1]) == len(metrics(out))
+    run(tiny, out, **LONG, resume_from_checkpoint="latest")
+    assert bits(out) == bits(whole)
+
+
+def test_a_full_memory_saves_and_the_run_can_go_on(tiny, whole, tmp_path, monkeypatch):
+    out, decode, calls = tmp_path / "run", sd35.decode, []
+
+    def full(vae, latents):
+        calls.append(len(latents))
+        if len(calls) == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(vae, latents)
+
+    monkeypatch.setattr(sd35, "decode", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tiny, out, **{**LONG, "checkpointing_steps": 1000})
+    (saved,) = checkpoints.newest_first(out)
+    assert int(saved.name.split("-")[1]) == len(metrics(out)) > 1
     run(tiny, out, **LONG, resume_from_checkpoint="latest")
     assert bits(out) == bits(whole)
 

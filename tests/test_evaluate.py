@@ -434,7 +434,7 @@ def test_the_tiny_worlds_look_at_a_lora_too(how, tiny, loras, tmp_path, monkeypa
         save_file(load_file(loras["much"] / evaluate.LORA_FILE), tmp_path / evaluate.LORA_FILE)
         monkeypatch.setattr(shapes, "SIDE", 64)
         shapes.main()
-    with pytest.raises(evaluate.Fault, match="argument --out: .* holds out, and no pipeline; give"):
+    with pytest.raises(evaluate.Fault, match="argument --out: .* holds out, and no pipeline of a"):
         shapes.read_arguments(["--out", str(tmp_path)])
 
 

@@ -192,3 +192,18 @@ def test_a_run_is_pushed_to_the_hub_in_the_end_and_a_failed_upload_loses_nothing
     monkeypatch.setattr(hub, "create_repo", refused)
     with pytest.raises(Fault, match="--push_to_hub: cannot make other on the hub .401 Unauth"):
         run(tiny, tmp_path / "other", push_to_hub=True)
+
+
+def test_any_number_of_validation_pictures_is_scored_in_parts(tmp_path):
+    """A network that takes eight of them may not take a thousand at once."""
+    parts = []
+
+    def number(images, prompts):
+        parts.append(len(images))
+        return [float(prompt["prompt"]) for prompt in prompts]
+
+    prompts, pictures = [{"prompt": str(i)} for i in range(40)], torch.zeros(40, 3, 4, 4)
+    judges = {"number": (1.0, number)}
+    found = records.validate(tmp_path / "a.png", prompts, pictures, pictures, judges, "cpu")
+    assert found == {"eval_base/number": 19.5, "eval/number": 19.5}
+    assert parts == 2 * [16, 16, 8]

@@ -7,13 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import own_rewards
 import pytest
 import shapes
 import torch
+from accelerate.utils import DistributedType
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from tiny_run import REWARD, ROOT, difference, flags, lora, metrics, on_two_processes, run
@@ -224,6 +227,26 @@ def test_a_process_that_finds_no_other_is_one_line(monkeypatch):
     with pytest.raises(cli.Fault, match="cannot start this process .no such host."):
         with cli.launching():
             raise RuntimeError("no such host\nand a trace")
+
+
+@pytest.mark.parametrize("kind", ["MULTI_GPU", "DEEPSPEED", "FSDP"])
+def test_processes_wait_long_for_each_other_and_share_nothing_but_gradients(kind, monkeypatch):
+    """While one validates, the others wait; what shards a model would not be this trainer."""
+    asked = {}
+
+    def accelerator(**about):
+        asked.update(about)
+        return SimpleNamespace(distributed_type=DistributedType[kind], device="cpu")
+
+    monkeypatch.setattr(train_sd35, "Accelerator", accelerator)
+    args = train_sd35.Arguments()
+    if kind == "MULTI_GPU":
+        train_sd35.launch(args)
+        (patience,) = asked["kwargs_handlers"]
+        assert patience.timeout >= timedelta(hours=12)
+    else:
+        with pytest.raises(cli.Fault, match="cannot start this process .the launcher's settings"):
+            train_sd35.launch(args)
 
 
 def test_a_missing_model_says_what_to_do(tiny, tmp_path):

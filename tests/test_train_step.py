@@ -303,7 +303,8 @@ def test_each_update_from_a_rollout_has_its_own_times_and_noise(tiny, tmp_path, 
     assert all(bench.distance(a, b) > 1e-4 for a, b in zip(theta, theta[1:], strict=False))
 
 
-def test_a_signal_between_two_updates_undoes_the_first(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [cli.Stopped, torch.OutOfMemoryError])
+def test_what_ends_a_step_between_two_updates_undoes_the_first(end, tiny, tmp_path, monkeypatch):
     trainer, *_ = step_of(tiny, tmp_path, monkeypatch, updates_per_rollout=3)
     chosen = [{"prompt": bench.TEXT}]
     trainer.take_step(chosen, 0)
@@ -313,11 +314,11 @@ def test_a_signal_between_two_updates_undoes_the_first(tiny, tmp_path, monkeypat
     def stopped(*about):
         asked.append(about)
         if len(asked) == 3:
-            raise cli.Stopped
+            raise end
         return backward(*about)
 
     monkeypatch.setattr(trainer, "backward_group", stopped)
-    with pytest.raises(cli.Stopped):
+    with pytest.raises(end):
         trainer.take_step(chosen, 1)
     assert all(torch.equal(*pair) for pair in zip(trainer.model.theta, before[0], strict=True))
     state = trainer.optimizer.state_dict()["state"]
