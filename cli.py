@@ -275,6 +275,8 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
     if any(frame.name == "<module>" and "site-packages" in frame.filename for frame in frames):
         # A library reads its settings as it is imported.
         return 2, f"{frames[-1].filename} does not load ({line}); look at its settings"
+    if frames and "tqdm" in Path(frames[-1].filename).parts:
+        return 2, f"no progress bar can be drawn ({line}); unset the variables TQDM_..."
     return None
 
 
@@ -302,6 +304,8 @@ def run(script: str, main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal says that it can show
         stream.reconfigure(encoding="utf-8", errors="replace")
     sys.excepthook = end
+    with contextlib.suppress(ValueError):  # only the main thread may: a kill is a Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()

@@ -227,6 +227,12 @@ def test_libraries_that_do_not_load(script, found, code, said, tmp_path):
     assert ran.returncode == code and said in ran.stderr and ran.stderr.count("\n") == 1
 
 
+def test_a_kill_is_a_ctrl_c():
+    code = "import cli, os, signal, time\ncli.run('x.py', lambda: os.kill(os.getpid(), 15))"
+    ran = bash(f'python -c "{code}"')
+    assert (ran.returncode, ran.stderr) == (130, "x.py: stopped\n")
+
+
 def test_a_child_that_a_reward_has_forked_obeys_its_parent():
     """It has the run's handlers; multiprocessing's pools end their children by SIGTERM."""
     code = """if True:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import compare
@@ -319,6 +322,31 @@ def test_a_damaged_or_old_file_is_moved_aside(text, reason, tmp_path, capsys):
     assert re.search(f"ring-2.json is {reason}: moved to ", capsys.readouterr().out)
     (aside,) = tmp_path.iterdir()
     assert aside.read_text() == text and aside.name != "ring-2.json"
+
+
+def test_a_readme_that_is_not_its_own_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(cli.Fault, match="README.md is another's; give a new folder"):
+        compare.parse_args(["--full", "--table", "--out", str(tmp_path)])
+
+
+def unfit(world, seed):
+    """In place of a pretrained network."""
+
+
+def dies(reference, seed):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits(reference, seed):
+    time.sleep(600)
+
+
+def test_a_worker_that_dies_is_one_line_and_no_worker_is_waited_for(tmp_path, monkeypatch):
+    results = kept.Results(tmp_path)
+    monkeypatch.setattr(kept, "pretrained", unfit)
+    with pytest.raises(cli.Fault, match="was ended, perhaps as memory was full; .*call again"):
+        results.run("a test", "ring-2", [(dies, 0), (waits, 0)])
 
 
 def test_two_comparisons_in_one_folder_keep_each_others_runs(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,21 @@ def test_a_bad_flag_is_answered_before_torch_is_imported(torch_that_stops):
 def test_ctrl_c_while_importing_is_one_line(torch_that_stops, tmp_path):
     result = run("--out", tmp_path)
     assert result.returncode == 130 and result.stderr == "run_2d.py: stopped\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_training_shows_what_was_learnt(number, tmp_path):
+    process, said = start("--iterations", 100_000, "--out", tmp_path, "--no-gif"), ""
+    while not re.search(r"DGPO: .*reward=", said):
+        said += process.stderr.read(1)
+    process.send_signal(number)
+    printed, said = process.communicate()
+    assert process.returncode == 130, said
+    assert "wrote " in printed and "best possible" in printed
+    assert re.fullmatch(
+        r"run_2d.py: stopped after \d+ iterations; this is what was learnt", said.splitlines()[-1]
+    )
+    assert (tmp_path / "run_2d.png").exists()
 
 
 def test_a_run_that_blows_up_is_the_inputs_fault(tmp_path):

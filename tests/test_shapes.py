@@ -143,6 +143,12 @@ def test_the_command_leaves_a_pipeline_prompts_and_pictures(tmp_path, monkeypatc
     assert "holds no pipeline; run toy/shapes.py first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("names", [("base",), ("a/x", "b/x")])
+def test_every_row_has_its_own_name(names, tmp_path):
+    with pytest.raises(cli.Fault, match="argument --lora: two rows would be called (base|x); ren"):
+        shapes.read_arguments(["--lora", *(str(tmp_path / name) for name in names)])
+
+
 @pytest.mark.parametrize("names", [["prompts.jsonl"], ["model_index.json", "vae"], ["notes.txt"]])
 def test_a_world_writes_into_no_folder_of_others(tmp_path, names):
     for name in names:

@@ -29,6 +29,7 @@ COMPARED = {"ring-2": (*MOST, "AWM", "GPO"), "blobs": MOST, "ring-32": MOST, "ri
 MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")  # what sweeps are around, and the check is of
 EXPERIMENTS = ("family", "methods", "transfer", "artefacts", "dials", "extremes", "clip", "beta")
 EXPERIMENTS += ("groups", "variants", "noise")
+TITLE = "# The family, compared in small worlds"
 
 
 @dataclasses.dataclass
@@ -66,12 +67,20 @@ class Arguments:
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
     args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
+    args.worlds, args.methods = (list(dict.fromkeys(x)) for x in (args.worlds, args.methods))
     if not args.full and (args.only or args.table):
         raise cli.Fault("arguments --only and --table: go with --full")
     default = Arguments(out=args.out, full=args.full, only=args.only, table=args.table)
     if args.full and args != default:
         raise cli.Fault("arguments --worlds, --methods and --seed: go without --full")
-    cli.make_folder(args.out, "out")
+    page = cli.make_folder(args.out, "out") / "README.md"
+    if args.full and not args.only and page.exists():
+        try:
+            own = page.read_text("utf-8").startswith(TITLE)
+        except (OSError, ValueError):
+            own = False
+        if not own:
+            raise cli.Fault(f"argument --out: {page} is another's; give a new folder")
     return args
 
 
@@ -319,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
 
 # The words of toy/results/README.md.
 
-INTRODUCTION = f"""# The family, compared in small worlds
+INTRODUCTION = f"""{TITLE}
 
 Written by `python toy/compare.py --full --table` from the runs kept beside this file; do not edit.
 

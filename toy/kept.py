@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from methods import FOLLOWED, Evaluation, Run, Setting, budget_in, pretrained, run_setting
@@ -90,9 +92,14 @@ class Results:
                     found = dataclasses.asdict(found)
                 self.add(world, key, found)
                 progress.update()
-        except KeyboardInterrupt:
+        except BaseException as error:
             progress.close()
+            for process in multiprocessing.active_children():
+                process.kill()  # or what is computing would be waited for
             self.pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                lost = "a process that computed a run was ended, perhaps as memory was full"
+                raise cli.Fault(f"{lost}; what is finished is kept: call again to go on") from None
             raise
         progress.close()
         return [self.kept[world][key] for key in keys]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
+import cli  # noqa: E402
 from cli import Fault, make_folder, make_place, option, parse, replace_file, run  # noqa: E402
 
 MOST = 1_000_000  # samples times timesteps in an iteration: 2.4 GB
@@ -155,7 +156,6 @@ def main() -> None:
         if not history:
             raise
         progress.close()
-        print(f"stopped after {len(history)} iterations, and this is what was learnt")
         stages.append((len(history), report_2d.draw(model, args.seed)))
     clock.append(time.perf_counter())
 
@@ -172,6 +172,8 @@ def main() -> None:
     phases = zip(("pretraining", "DGPO", "report and figures"), clock, clock[1:], strict=False)
     print("\nseconds: " + ", ".join(f"{name} {end - start:.1f}" for name, start, end in phases))
     print("wrote " + " and ".join(map(str, written)))
+    if len(history) < args.iterations:
+        raise cli.Stopped(f"stopped after {len(history)} iterations; this is what was learnt")
     if window:
         plt.show()
 

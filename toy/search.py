@@ -100,7 +100,7 @@ CHEAP = {  # few samples, cheaply drawn, each put to more use
 
 # What earlier versions of this comparison chose, so that nothing that was found is lost: by world
 # and method, what is not at its default.
-EARLIER = json.loads((Path(__file__).parent / "earlier.json").read_text())
+EARLIER = json.loads((Path(__file__).parent / "earlier.json").read_text("utf-8"))
 
 
 def earlier(world: str, name: str) -> list[Setting]:

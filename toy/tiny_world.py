@@ -54,6 +54,10 @@ def folder(world: str) -> str:
 def read_arguments(arguments: type, argv: list[str] | None, script: str) -> Arguments:
     """The command line. Raises Fault, also for what is not there or cannot be written to."""
     args = cli.parse(arguments, sys.argv[1:] if argv is None else argv)
+    names = ["base", *(Path(lora).name for lora in args.lora)]
+    for name in names:
+        if names.count(name) > 1:
+            raise Fault(f"argument --lora: two rows would be called {name}; rename a folder")
     for lora in args.lora:
         if not os.path.isfile(f"{lora}/{WEIGHTS}"):
             raise Fault(f"argument --lora: there is no {Path(lora) / WEIGHTS}")
@@ -78,7 +82,7 @@ def read_rewards(folder: str) -> list[float]:
     try:
         lines = path.read_text("utf-8").splitlines()
         return [float(json.loads(line)["reward"]) for line in lines or [""]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise Fault(f"argument --lora: cannot read {path} ({cli.first_line(error)})") from None
 
 
@@ -113,6 +117,7 @@ def run(
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
     os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
+    import matplotlib.pyplot as plt
     import tiny_sd35
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
@@ -120,6 +125,7 @@ def run(
 
     from checkpoints import check_lora
 
+    plt.rcParams["text.parse_math"] = False  # a folder's name may have a dollar sign in it
     out, loras = Path(args.out), [Path(lora) for lora in args.lora]
     if loras:
         load, index = (
