@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
 
@@ -133,12 +133,14 @@ def panels(names: list[str], height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat[: len(names)])
 
 
-def save(figure: Figure, path: Path, x: str, y: str, legend: Axes | None = None) -> None:
+def save(figure: Figure, path: Path, x: str, y: str, legend: Sequence[Axes] = ()) -> None:
+    """legend: the panels whose lines are named above all, each name once."""
     figure.supxlabel(x, fontsize=17)
     figure.supylabel(y, fontsize=17)
-    if legend:
-        handles, labels = legend.get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize=14, loc="outside upper center", ncols=4)
+    lines = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in legend]
+    if named := {label: handle for each in lines for handle, label in each}:
+        where = {"loc": "outside upper center", "ncols": 4}
+        figure.legend(named.values(), named.keys(), fontsize=14, **where)
     cli.replace_file(path, lambda new: figure.savefig(new, dpi=80))
     plt.close(figure)
 
@@ -171,7 +173,7 @@ def plot_speed(path: Path, found: Worlds) -> None:
             panel.fill_between(costs, low, high, color=color, alpha=0.15, lw=0)
         panel.axhline(WAY, color="black", ls="--", lw=1)
         panel.set(xscale="log", xlim=(1e4, budget_in(world)), ylim=(-0.2, 1.3))
-    save(figure, path, "cost, forwards of one sample", "way to the best reward", axes[0])
+    save(figure, path, "cost, forwards of one sample", "way to the best reward", axes[:1])
 
 
 def plot_cost(path: Path, found: Worlds) -> None:
@@ -206,7 +208,7 @@ def plot_search(path: Path, found: Worlds) -> None:
         panel.axvline(WAY, color="black", ls="--", lw=1)
         panel.set(xlim=(-0.5, 1.6), ylim=(-0.03, 1.03))
     x = "way from the base reward (0) to the best data's (1)"
-    save(figure, path, x, "share of samples right", axes[0])
+    save(figure, path, x, "share of samples right", axes[:1])
 
 
 def plot_sweep(path: Path, found: Worlds) -> None:
@@ -262,7 +264,7 @@ def plot_extremes(path: Path, found: Worlds, curves: dict[str, tuple[int, ...]])
         panel.set(xscale="log", ylim=(0, None))
         panel.set_xticks(values, values)
         panel.minorticks_off()
-    save(figure, path, "samples of a group of 24 that are trained on", "cost, forwards", axes[0])
+    save(figure, path, "samples of a group of 24 that are trained on", "cost, forwards", axes[:1])
 
 
 def plot_noise(path: Path, found: dict[str, dict[int, dict]]) -> None:
@@ -279,7 +281,7 @@ def plot_noise(path: Path, found: dict[str, dict[int, dict]]) -> None:
         panel.set_xticks(list(by_group), list(by_group))
         panel.set_yticks([0.5, 1, 2, 4, 8], ["1/2", "1", "2", "4", "8"])
         panel.minorticks_off()
-    save(figure, path, "group size G", "variance ratio", axes[0])
+    save(figure, path, "group size G", "variance ratio", axes[:1])
 
 
 V_OLD, V_STAR = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)

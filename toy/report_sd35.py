@@ -126,7 +126,7 @@ def plot(path: Path, found: dict[Place, dict[str, Report]]) -> None:
         panel.set_xscale("log")
         panel.grid(alpha=0.3)
     x, y = "cost, forwards of one sample", "accuracy, held out"
-    figures.save(figure, path, x, y, max(axes, key=lambda panel: len(panel.lines)))
+    figures.save(figure, path, x, y, axes)
 
 
 CHOSEN = ["world", "method", "setting", "at an edge"]
