@@ -24,6 +24,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also for `python -I`
+
 import cli
 import prompts as prompt_sets
 from cli import Fault, first_line, make_folder, option, parse, read_json, replace_file

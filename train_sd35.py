@@ -16,11 +16,14 @@ import copy
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also for `python -I`
 
 import cli
 import config
