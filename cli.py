@@ -25,6 +25,8 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 FIGURES = (".png", ".jpg", ".pdf", ".svg", ".webp")  # endings that matplotlib knows
 LONGEST = 600  # characters of a line
+REFUSED = (errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES)
+REFUSED += (errno.EPERM, errno.EFBIG, errno.EAGAIN, errno.ENOMEM)  # no fault of a script's
 leave = os._exit  # a reward of one's own may not call it
 
 
@@ -263,6 +265,8 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         return 141, ""  # nobody reads what is printed; shells have this code for it
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 2, f"cannot write ({line}); make room"
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return 2, f"the system refuses ({line}); mend that, or raise its limit (ulimit -a)"
     if isinstance(error, MemoryError | RuntimeError) and re.search("of memory|ate memory", line):
         return 2, f"out of memory ({line}); ask for less"  # torch's words for a GPU and a CPU
     if isinstance(error, Warning):
