@@ -296,8 +296,9 @@ def run(script: str, main: Callable[[], None]) -> None:
         except OSError as full:
             error = full
         if isinstance(error, OSError):  # what could not be printed is not tried again
-            for number in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            with contextlib.suppress(OSError):  # where no more files may be opened
+                for number in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         raise SystemExit(found[0])
 
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
