@@ -27,6 +27,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also for `python -I`
+
 import cli
 import recipes
 
@@ -44,7 +46,7 @@ def read_command() -> str:
     """The command. Raises Fault if there is none, and SystemExit after the help."""
     command = (*sys.argv, "--help")[1]
     if command in ("-h", "--help"):
-        sys.exit(print(__doc__ or ""))
+        sys.exit(print(__doc__ or "bench.py plan, step, plain or changes, and arguments"))
     if command not in ("plan", "step", "plain", "changes"):
         raise cli.Fault(f"the command must be plan, step, plain, changes, got {command!r}")
     return command

@@ -196,7 +196,8 @@ def check_lora(path: Path, transformer: nn.Module) -> None:
             if not real or not tensor.float().isfinite().all():
                 raise ValueError(f"{name} holds NaN, infinity, or no real numbers")
     except Exception as error:  # whatever the library makes of other files
-        raise Fault(f"argument --lora: cannot use {path} ({first_line(error)})") from None
+        advice = "give one of this model, as train_sd35.py or diffusers writes it"
+        raise Fault(f"argument --lora: cannot use {path} ({first_line(error)}); {advice}") from None
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -225,9 +226,14 @@ def find(out: Path, asked: str | None) -> dict[str, Any] | None:
     """
     if asked is None:
         return None
-    if asked != "latest":  # a folder, or, as in diffusers' scripts, the name of one in `out`
-        return load(Path(asked) if Path(asked).is_dir() else out / asked)
     found = newest_first(out)
+    if asked != "latest":  # a folder, or, as in diffusers' scripts, the name of one in `out`
+        try:
+            return load(Path(asked) if Path(asked).is_dir() else out / asked)
+        except Fault as fault:
+            these = ", ".join(["latest", *(folder.name for folder in found)])
+            advice = f"give {these}, or another folder"
+            raise Fault(f"argument --resume_from_checkpoint: {fault}; {advice}") from None
     for folder in found:
         try:
             return load(folder)

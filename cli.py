@@ -25,6 +25,8 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 FIGURES = (".png", ".jpg", ".pdf", ".svg", ".webp")  # endings that matplotlib knows
 LONGEST = 600  # characters of a line
+REFUSED = (errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES)
+REFUSED += (errno.EPERM, errno.EFBIG, errno.EAGAIN, errno.ENOMEM)  # no fault of a script's
 leave = os._exit  # a reward of one's own may not call it
 
 
@@ -263,10 +265,11 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         return 141, ""  # nobody reads what is printed; shells have this code for it
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 2, f"cannot write ({line}); make room"
-    if isinstance(error, MemoryError | RuntimeError) and re.search(
-        "of memory|ate memory|ALLOC_FAILED", line
-    ):
-        return 2, f"out of memory ({line}); ask for less"  # torch's words for a GPU and a CPU
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return 2, f"the system refuses ({line}); mend that, or raise its limit (ulimit -a)"
+    full = "of memory|ate memory|ALLOC_FAILED"  # torch's words for a GPU and a CPU
+    if isinstance(error, MemoryError | RuntimeError) and re.search(full, line):
+        return 2, f"out of memory ({line}); ask for less"
     if isinstance(error, Warning):
         return 2, f"{line}; this is a warning: leave -W error and PYTHONWARNINGS out"
     if isinstance(error, ImportError):  # a package is missing, too old, or broken
@@ -296,8 +299,9 @@ def run(script: str, main: Callable[[], None]) -> None:
         except OSError as full:
             error = full
         if isinstance(error, OSError):  # what could not be printed is not tried again
-            for number in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            with contextlib.suppress(OSError):  # where no more files may be opened
+                for number in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         raise SystemExit(found[0])
 
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))

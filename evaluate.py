@@ -25,6 +25,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also for `python -I`
+
 import cli
 import prompts as prompt_sets
 from cli import Fault, first_line, make_folder, option, parse, read_json, replace_file
@@ -247,7 +249,8 @@ def pixels(args: Arguments, pipe: Any, batch: dict[Path, str]) -> np.ndarray:
         output_type="latent",
     ).images
     if not latents.isfinite().all():
-        raise Fault(f"a picture of {list(batch.values())!r} is not finite")
+        about = f"a picture of {[*batch.values()]!r} is not finite"
+        raise Fault(f"{about}; give another --lora, or a lower --guidance_scale")
     return rewards.to_bytes(decode(pipe.vae, latents))
 
 
@@ -359,7 +362,8 @@ def report(args: Arguments, asked: Asked, kept: Scores) -> str:
         answers = np.array([kept[score_name(args, path, metric)] for path in asked])
         lost = answers.size - np.isfinite(answers).sum()
         if lost == answers.size:
-            raise Fault(f"argument --metrics: none of {lost} answers of {metric} had a score")
+            found = f"none of {lost} answers of {metric} had a score; mend it, or leave it out"
+            raise Fault(f"argument --metrics: {found}")
         if lost:
             notes.append(f"{lost} of {answers.size} answers of {metric} had no score.")
         scores[metric] = answers.reshape(2, -1)

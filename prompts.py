@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also for `python -I`
+
 from cli import Fault, first_line, make_place, option, parse, replace_file, run
 
 # The lists of the paper, as its authors' repository has them at one commit, each with the id that

@@ -322,4 +322,5 @@ def load_lora(pipe: StableDiffusion3Pipeline, folder: Path | str) -> None:
     try:
         pipe.load_lora_weights(folder, weight_name=LORA_FILE)
     except Exception as error:  # as above
-        raise Fault(f"the LoRA in {folder} does not fit the model ({first_line(error)})") from None
+        found = f"the LoRA in {folder} does not fit the model ({first_line(error)})"
+        raise Fault(f"{found}; give another, or another --model") from None

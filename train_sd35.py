@@ -16,12 +16,15 @@ import copy
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # also for `python -I`
 
 import cli
 import config

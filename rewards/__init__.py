@@ -22,10 +22,12 @@ Whatever goes wrong in reading, loading or calling a reward is a RewardError of 
 
 from __future__ import annotations
 
+import builtins
 import copy
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
@@ -34,7 +36,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,8 @@ from torch import Tensor
 from cli import first_line, leave
 
 Reward = Callable[[Tensor, list[dict]], object]
+NAMES = (builtins, json, os, torch)
+LARGEST = 1e9  # of a score's size: of more, float32 rounds others away, and squares overflow
 LONGEST = 300  # characters of another's error message
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -292,12 +296,18 @@ def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Ten
             # torch has no steps backwards, masks or longdoubles, and one order of bytes.
             result = np.ma.filled(result.astype(np.float64, order="C"), np.nan)
         scores = torch.as_tensor(result)
+        if scores.dtype == torch.float32 and not isinstance(result, Tensor):
+            scores = torch.as_tensor(result, dtype=torch.float64)  # as large as a list's may be
         kind = str(tuple(scores.shape))
         if scores.shape == (len(images),) and not scores.is_complex():
-            return scores.detach().to_dense().to("cpu", torch.float32, copy=True)
+            scores = scores.detach().to_dense().cpu().double()
+            large = scores[scores.isfinite() & (scores.abs() > LARGEST)].tolist()
+            if not large:
+                return scores.to(torch.float32)
+            kind = f"{large[0]:g}, and at most {LARGEST:g} in size can be compared"
         kind = f"complex {kind}" if scores.is_complex() else kind
-    except Exception:
-        kind = f"a {type(result).__name__} that holds no numbers"
+    except Exception as error:
+        kind = f"a {type(result).__name__} that holds no numbers ({first_line(error)})"
     raise RewardError(f"reward {name} must return {len(images)} scores, got {kind}, {about}")
 
 
@@ -328,7 +338,9 @@ def unchanged() -> Iterator[None]:
     """What code of others sets for the whole process is as before in the end.
 
     That is SETTINGS, the filters of warnings, signals' handlers, the folder that relative paths
-    begin at, and where print writes to. A stream that was closed is one that nobody reads.
+    begin at, where print writes to, sys.path, the environment, and the functions of NAMES, each by
+    what was there: what code has added, such as a key for its own later calls, stays. A stream
+    that was closed is one that nobody reads.
     """
     with ExitStack() as undo:
         undo.callback(set_streams, sys.stdout, sys.stderr)
@@ -343,8 +355,24 @@ def unchanged() -> Iterator[None]:
         run = os.getpid()
         if os._exit is leave:  # for good, as a thread or an exit handler may call it later
             os._exit = partial(leave_unless_in_a_run, run)
+        # What later imports, children and files are found by; Python's own functions, and torch's.
+        undo.callback(put_path, sys.path, [*sys.path])
+        for names in (os.environ, *map(vars, NAMES)):
+            undo.callback(put_names, names, dict(names))
         undo.callback(lambda: os.getpid() == run or leave(1))  # a child is not to train, too
         yield
+
+
+def put_path(path: list[str], before: list[str]) -> None:
+    """What code of others has added comes last, as it may import from there in its functions."""
+    added = [x for x in sys.path if x not in before] if isinstance(sys.path, list) else []
+    path[:], sys.path = [*before, *added], path
+
+
+def put_names(names: MutableMapping[str, Any], before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        if names.get(name) is not value and names.get(name) != value:
+            names[name] = value
 
 
 def put_back(ask: Callable[[], Any], put: Callable[[Any], Any], before: Any) -> None:

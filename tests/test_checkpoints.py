@@ -76,6 +76,10 @@ def test_the_newest_that_is_whole_is_taken_and_the_oldest_go(tiny_model, tmp_pat
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-1])
     with pytest.raises(Fault, match="checkpoint-10 is missing or damaged .its checksum is another"):
         checkpoints.find(tmp_path, str(newest))
+    for asked in ("checkpoint-9", "true", f"{newest}/state.pt"):
+        known = "resume_from_checkpoint: .* give latest, checkpoint-10, checkpoint-2, or another fo"
+        with pytest.raises(Fault, match=known):
+            checkpoints.find(tmp_path, asked)
     assert checkpoints.find(tmp_path, "latest")["step"] == 2
     assert checkpoints.find(tmp_path, "checkpoint-2")["step"] == 2  # by its name
     checkpoints.begin(tmp_path, SimpleNamespace(), 2)

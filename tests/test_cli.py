@@ -148,6 +148,7 @@ ENDS = [
     (cli.Stopped(), 130, "x.py: stopped\n"),
     (KeyboardInterrupt(), 130, "x.py: stopped\n"),
     (ModuleNotFoundError("No module named 'torch'"), 2, "'torch'; pip install -r requirements.txt"),
+    *((OSError(number, "so"), 2, "x.py: the system refuses (") for number in cli.REFUSED),
     (DeprecationWarning("is old"), 2, "x.py: is old; this is a warning: leave -W error and"),
     (MemoryError("Unable to allocate memory"), 2, "x.py: out of memory (Unable to allocate"),
     (RuntimeError("CUDA out of memory. Tried"), 2, "x.py: out of memory (CUDA out of memory."),
@@ -166,7 +167,7 @@ def test_an_end_is_one_line_and_a_code(error, code, line, capsys):
 
 
 def test_a_bug_of_ours_is_a_traceback():
-    for error in (ValueError("so"), OSError(5, "so"), RuntimeError("so")):
+    for error in (ValueError("so"), OSError(2, "so"), RuntimeError("so")):
         assert cli.verdict(error) is None
     ran = bash("python -c 'import cli; cli.run(str(), lambda: 1 / 0)'")
     assert ran.returncode == 1 and ran.stderr.startswith("Traceback")

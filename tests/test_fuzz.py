@@ -113,6 +113,14 @@ def test_a_script_of_the_toy_is_found_as_a_module_and_through_a_link(script, tmp
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("script", ["train_sd35", "evaluate", "bench", "prompts"])
+@pytest.mark.parametrize("switch", ["-I", "-OO"])
+def test_a_script_helps_without_its_folder_on_the_path_and_without_docstrings(script, switch):
+    line = [sys.executable, switch, ROOT / f"{script}.py", "--help"]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.strip() and not ended.stderr
+
+
 def test_names_that_are_written_twice_so_that_nothing_is_imported_are_the_same():
     import compare
     import compare_sd35

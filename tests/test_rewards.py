@@ -1,8 +1,10 @@
 """The rewards' interface, names and weights, and each reward on models built here."""
 
+import builtins
 import copy
 import gc
 import io
+import json
 import os
 import re
 import signal
@@ -281,6 +283,40 @@ def test_what_foreign_code_sets_ends_with_it(change, end, own, images):
         torch.set_anomaly_enabled(False)
 
 
+REPLACED = {  # what code of others replaces for the whole process, and what asks whether it is back
+    "sys.path.clear()": lambda: sys.path[:1],
+    "sys.path = None": lambda: sys.path[:1],
+    "os.environ.clear()": lambda: dict(os.environ),
+    "os.environ['PATH'] = ''": lambda: os.environ["PATH"],
+    "builtins.open = builtins.len = None": lambda: (open, len),
+    "json.dumps = None": lambda: json.dumps,
+    "torch.stack = torch.as_tensor = None": lambda: (torch.stack, torch.as_tensor),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_what_a_reward_replaces_is_back_and_what_it_adds_stays(how, own, images):
+    asked, before = REPLACED[how], REPLACED[how]()
+    added = "os.environ['OF_MINE'] = '1'; sys.path.insert(0, '/of/mine')"
+    body = f"    {added}\n    {how}\n    return images.mean((1, 2, 3))"
+    name = own(f"import builtins, json, os, sys, torch\n\ndef f(images, prompts):\n{body}")
+    kept, environment = list(sys.path), dict(os.environ)
+    functions = [(module, dict(vars(module))) for module in (builtins, json, torch)]
+    try:
+        rewards.score(name, rewards.load(name, "cpu"), images, PROMPTS)
+        assert asked() == before
+        if "sys.path" not in how:
+            assert sys.path[-1] == "/of/mine"
+        if "clear" not in how:
+            assert os.environ["OF_MINE"] == "1"
+    finally:
+        sys.path = kept
+        os.environ.clear()
+        os.environ.update(environment)
+        for module, names in functions:
+            vars(module).update(names)
+
+
 LATER = "import threading; threading.Timer(0.1, lambda: os._exit(1)).start()"  # after the call
 LEAVING = {  # what ends the process at once: how, and what becomes of it
     "os._exit(0)": "SystemExit: 0 .line 4.$",
@@ -390,6 +426,9 @@ FAILING = [
         lambda images, prompts: ["good"] * 3,
         "must return 3 scores, got a list that holds no numbers",
     ),
+    (lambda images, prompts: [1e308, 1, 2], r"got 1e\+308, and at most 1e\+09"),
+    (lambda images, prompts: -images.mean((1, 2, 3)) - 1e20, r"got -1e\+20, and at most 1e\+09"),
+    (lambda images, prompts: [10**400, 1, 2], "got a list that holds no numbers .*verflow"),
     (lambda images, prompts: "abc", "got a str that holds no numbers"),
     (lambda images, prompts: None, "got a NoneType that holds no numbers"),
     (lambda images, prompts: (1.0 for _ in images), "got a generator that holds no numbers"),
