@@ -124,11 +124,13 @@ VARIANTS = {  # of the setting that was chosen for another method
     "DGPO offline": ("DGPO", {"offline": True}),
     "DGPO, SDE rollouts": ("DGPO", {"sde_noise": 0.7}),
     "DGPO, t_min 0": ("DGPO", {"t_min": 0.0}),
+    "DGPO, bounded pairs": ("Diffusion-DPO", {"bound": 1.0}),
 }
 MAIN = ("DGPO with dials", "Flow-GRPO", "DGPO", "DiffusionNFT")
 ORDER = [("words", name) for name in MAIN] + [("shapes", name) for name in MAIN]
-ORDER += [("words", "Diffusion-DPO"), ("shapes", "Diffusion-DPO")]
-ORDER += [("words", name) for name in VARIANTS]
+PAIRS = ("Diffusion-DPO", "DGPO, bounded pairs")
+ORDER += [(world, name) for world in ("words", "shapes") for name in PAIRS]
+ORDER += [("words", name) for name in VARIANTS if name not in PAIRS]
 
 
 # Near Flow-GRPO's choice in words, and those of compare.py's worlds. In words they were tried after

@@ -106,6 +106,7 @@ STYLES = figures.STYLES | {
     "DGPO offline": ("#0b3c6f", ":", "v"),
     "DGPO, SDE rollouts": ("#009e73", "--", "^"),
     "DGPO, t_min 0": ("#666666", "--", "X"),
+    "DGPO, bounded pairs": ("#d55e00", ":", "D"),
 }
 
 
