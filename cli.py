@@ -232,11 +232,8 @@ def signal_check() -> Callable[[], None]:
     A second one ends the process at once, but for one within a second: launchers repeat the first.
     """
     received: list[float] = []
-    here = os.getpid()
 
-    def receive(number: int, _: Any) -> None:
-        if os.getpid() != here:  # a child that a reward has forked: its parent means it to end
-            leave(128 + number)
+    def receive(*_: Any) -> None:
         received.append(time.monotonic())
         if received[-1] - received[0] > 1:
             os.write(2, b"stopped at once; what was saved before is kept\n")
@@ -244,8 +241,15 @@ def signal_check() -> Callable[[], None]:
 
     # A terminal that closes ends a run as Ctrl-C does, unless nohup has said that it must not.
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
-    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
+    numbers = (signal.SIGINT, signal.SIGTERM, *hangup)
+    for number in numbers:
         signal.signal(number, receive)
+
+    def forget() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=forget)  # a pool of a reward's ends its children by SIGTERM
 
     def obey() -> None:
         if received:
