@@ -113,9 +113,10 @@ def paint(words: list[str]) -> Tensor:
 @functools.cache
 def reader(width: int):
     """The OCR reward for pictures of a line, which the network sees at so many pixels' width."""
-    from rewards import ocr
+    from rewards import fence, ocr
 
-    return ocr.load("cpu", line=width)
+    with fence("the OCR network does not load"):
+        return ocr.load("cpu", line=width)
 
 
 def written(images: Tensor, prompts: list[dict]) -> list[float]:
@@ -137,13 +138,16 @@ def reread(images: Tensor, prompts: list[dict]) -> list[float]:
 @functools.cache
 def captcha_reader():
     """The OCR network of ddddocr's wheel. Raises RewardError if it is not installed."""
-    from rewards import RewardError
+    from PIL import Image
 
-    try:
+    from rewards import fence
+
+    with fence("it needs `pip install ddddocr`"):
         from ddddocr import DdddOcr
-    except ImportError:
-        raise RewardError("it needs `pip install ddddocr`") from None
-    return DdddOcr(show_ad=False)
+
+        network = DdddOcr(show_ad=False)
+        network.classification(Image.new("RGB", (SIDE, CELL)))  # or it would fail at the table
+    return network
 
 
 def reread_elsewhere(images: Tensor, prompts: list[dict]) -> list[float]:
@@ -254,12 +258,14 @@ def columns(images: Tensor, prompts: list[dict]) -> dict[str, str]:
 
 def main() -> None:
     args = read_arguments()
-    from rewards import RewardError
+    from rewards import RewardError, fence
 
     try:
-        reader(96)  # before minutes of pretraining
+        with fence("it reads nothing"):  # before minutes of pretraining
+            written(paint(["ABCD"]), [prompt_of("ABCD", "test")])
     except RewardError as error:
-        raise cli.Fault(f"the OCR reads what is written: {error}") from None
+        advice = "pip install -r requirements.txt"
+        raise cli.Fault(f"the OCR reads what is written: {error}; {advice}") from None
     try:
         captcha_reader()
     except RewardError as error:
