@@ -312,6 +312,15 @@ RUN = {"arrived": None, "budget": 9.0, "seconds": 1.0, "evaluations": [[0, 0.5, 
                 {"colour": "red"},
             )
         ],
+        *[
+            (json.dumps({"version": 4, "runs": {f'["{task}", 0]': found}}), "damaged")
+            for task, found in (
+                ("artefacts", {"rollouts": []}),
+                ("artefacts", {"rollouts": [{"right": 1, "distance": "0.5"}] * 9}),
+                ("sharing", {"found": 1}),
+                ("signal", {"signal": None}),
+            )
+        ],
     ],
 )
 def test_a_damaged_or_old_file_is_moved_aside(text, reason, tmp_path, capsys):
@@ -347,6 +356,18 @@ def test_a_worker_that_dies_is_one_line_and_no_worker_is_waited_for(tmp_path, mo
     monkeypatch.setattr(kept, "pretrained", unfit)
     with pytest.raises(cli.Fault, match="was ended, perhaps as memory was full; .*call again"):
         results.run("a test", "ring-2", [(dies, 0), (waits, 0)])
+
+
+def interrupted(reference, seed):
+    os.kill(os.getpid(), signal.SIGINT)
+    return {"seconds": 1.0}
+
+
+def test_a_ctrl_c_is_the_parents_alone(tmp_path, monkeypatch):
+    """A terminal sends it to all: it ends the workers when it has nothing more to say to them."""
+    monkeypatch.setattr(kept, "pretrained", unfit)
+    found = kept.Results(tmp_path).run("a test", "ring-2", [(interrupted, 0)])
+    assert found == [{"seconds": 1.0}]
 
 
 def test_two_comparisons_in_one_folder_keep_each_others_runs(tmp_path):
