@@ -359,15 +359,25 @@ def test_a_worker_that_dies_is_one_line_and_no_worker_is_waited_for(tmp_path, mo
 
 
 def interrupted(reference, seed):
-    os.kill(os.getpid(), signal.SIGINT)
-    return {"seconds": 1.0}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    return {"pid": os.getpid()}
 
 
-def test_a_ctrl_c_is_the_parents_alone(tmp_path, monkeypatch):
+def test_what_ends_a_script_is_the_parents_alone(tmp_path):
     """A terminal sends it to all: it ends the workers when it has nothing more to say to them."""
-    monkeypatch.setattr(kept, "pretrained", unfit)
-    found = kept.Results(tmp_path).run("a test", "ring-2", [(interrupted, 0)])
-    assert found == [{"seconds": 1.0}]
+    code = f"""if True:
+        import os, signal, test_compare
+        test_compare.kept.pretrained = test_compare.unfit
+        results = test_compare.kept.Results(test_compare.Path({str(tmp_path)!r}))
+        print(results.run("", "ring-2", [(test_compare.interrupted, 0)])[0]["pid"], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", code]
+    how = {"env": os.environ | {"PYTHONPATH": path}, "capture_output": True, "timeout": 60}
+    ran = subprocess.run(command, **how)  # until no worker has the pipe any more
+    assert ran.returncode == -signal.SIGKILL and int(ran.stdout) and b"Traceback" not in ran.stderr
 
 
 def test_two_comparisons_in_one_folder_keep_each_others_runs(tmp_path):

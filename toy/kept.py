@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -25,6 +26,14 @@ import cli
 VERSION = 4  # of what a run means; results of another version are computed again
 
 
+def end_with_parent() -> None:
+    """Leaves Ctrl-C and a kill to the process that has started this one, and ends when it does."""
+    for number in (signal.SIGINT, *cli.ends()):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), cli.leave(1)), daemon=True).start()
+
+
 class Missing(cli.Fault):
     """Runs that are not kept, where nothing is to be computed."""
 
@@ -36,8 +45,7 @@ class Results:
         self.folder, self.compute, self.keep = folder, compute, keep
         self.kept: dict[str, dict[str, dict]] = {}
         self.references: dict[tuple[str, int], Future] = {}
-        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-        self.pool = ProcessPoolExecutor(os.cpu_count(), **quiet)  # `run` ends them at Ctrl-C
+        self.pool = ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent)
 
     def load(self, world: str) -> dict[str, dict]:
         path = self.folder / f"{world}.json"
