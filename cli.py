@@ -173,7 +173,8 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         write(new)
         os.replace(new, path)
     except OSError as error:
-        raise Fault(f"cannot write {path} ({first_line(error)}); what was there is kept") from None
+        found = f"cannot write {path} ({first_line(error)})"
+        raise Fault(f"{found}; what was there is kept; make room, or mend that") from None
     finally:
         with contextlib.suppress(OSError):
             new.unlink()
@@ -226,6 +227,12 @@ def launching() -> Iterator[None]:
         ) from None
 
 
+def ends() -> list[int]:
+    """What ends a script as Ctrl-C does: a kill, and a terminal that closes unless under nohup."""
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM] if nohup else [signal.SIGTERM, signal.SIGHUP]
+
+
 def signal_check() -> Callable[[], None]:
     """Remembers SIGINT, SIGTERM and SIGHUP. Returns what raises Stopped once one has come.
 
@@ -239,9 +246,7 @@ def signal_check() -> Callable[[], None]:
             os.write(2, b"stopped at once; what was saved before is kept\n")
             leave(130)
 
-    # A terminal that closes ends a run as Ctrl-C does, unless nohup has said that it must not.
-    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
-    numbers = (signal.SIGINT, signal.SIGTERM, *hangup)
+    numbers = (signal.SIGINT, *ends())
     for number in numbers:
         signal.signal(number, receive)
 
@@ -298,6 +303,7 @@ def run(script: str, main: Callable[[], None]) -> None:
         found = verdict(error)
         if not found:
             return sys.__excepthook__(kind, error, trace)
+        traceback.clear_frames(error.__traceback__)  # a progress bar ends its line
         try:
             sys.stderr.write(f"{script}: {found[1]}\n" if found[1] else "")
         except OSError as full:
@@ -312,8 +318,9 @@ def run(script: str, main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):  # whatever the terminal says that it can show
         stream.reconfigure(encoding="utf-8", errors="replace")
     sys.excepthook = end
-    with contextlib.suppress(ValueError):  # only the main thread may: a kill is a Ctrl-C
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(ValueError):  # only the main thread may
+        for number in ends():
+            signal.signal(number, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()

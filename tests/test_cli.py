@@ -17,6 +17,7 @@ import shapes
 import tiny_world
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import cli
 from cli import Fault, option
@@ -228,10 +229,21 @@ def test_libraries_that_do_not_load(script, found, code, said, tmp_path):
     assert ran.returncode == code and said in ran.stderr and ran.stderr.count("\n") == 1
 
 
-def test_a_kill_is_a_ctrl_c():
-    code = "import cli, os, signal, time\ncli.run('x.py', lambda: os.kill(os.getpid(), 15))"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_kill_and_a_terminal_that_closes_are_a_ctrl_c(number):
+    code = f"import cli, os\ncli.run('x.py', lambda: os.kill(os.getpid(), {int(number)}))"
     ran = bash(f'python -c "{code}"')
     assert (ran.returncode, ran.stderr) == (130, "x.py: stopped\n")
+
+
+def test_a_line_does_not_follow_a_progress_bar_on_its_line(capsys):
+    def main():
+        bar = tqdm(range(9))
+        raise KeyboardInterrupt(bar.n)
+
+    with pytest.raises(SystemExit):
+        cli.run("x.py", main)
+    assert capsys.readouterr().err.endswith("\nx.py: 0\n")
 
 
 def test_a_child_that_a_reward_has_forked_obeys_its_parent():
@@ -291,7 +303,6 @@ WRITTEN = {  # the file that there is no room for, and who writes it
     "a.jsonl": draws("prompts", "geneval", "--n", "3", "--out", "{}/a.jsonl"),
     "family.png": draws("compare", "--full", "--only", "family", "--out", "{}"),
     "ring-2.json": keeps,
-    "held_out.jsonl": draws("shapes", "--pretraining", "1", "--samples", "1", "--out", "{}"),
     "base.png": draws("shapes", "--pretraining", "1", "--samples", "1", "--out", "{}"),
 }
 
@@ -301,7 +312,7 @@ WRITTEN = {  # the file that there is no room for, and who writes it
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeypatch, capsys):
     """What is written aside meets a device that is full; what was there before stays."""
     if name not in ("a.txt", "a.jsonl"):  # prompts.py writes nothing over
-        for there in {name} | (tiny_world.OWN if name in ("held_out.jsonl", "base.png") else set()):
+        for there in {name} | (tiny_world.OWN if name == "base.png" else set()):
             (tmp_path / there).write_bytes(b'{"version": 4, "runs": {}}')
     before = {path.name for path in tmp_path.iterdir()}
     (tmp_path / f".{os.getpid()}-{name}").symlink_to("/dev/full")
@@ -309,7 +320,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(name, tmp_path, monkeyp
         WRITTEN[name](tmp_path, monkeypatch)
     line = capsys.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and f"cannot write {tmp_path / name} (" in line
-    assert "No space left on device" in line
+    assert "No space left on device" in line and "make room" in line
     assert {path.name for path in tmp_path.glob(f"*{name}*")} == before & {name}
     if before:
         assert (tmp_path / name).read_bytes() == b'{"version": 4, "runs": {}}'

@@ -312,6 +312,15 @@ RUN = {"arrived": None, "budget": 9.0, "seconds": 1.0, "evaluations": [[0, 0.5, 
                 {"colour": "red"},
             )
         ],
+        *[
+            (json.dumps({"version": 4, "runs": {f'["{task}", 0]': found}}), "damaged")
+            for task, found in (
+                ("artefacts", {"rollouts": []}),
+                ("artefacts", {"rollouts": [{"right": 1, "distance": "0.5"}] * 9}),
+                ("sharing", {"found": 1}),
+                ("signal", {"signal": None}),
+            )
+        ],
     ],
 )
 def test_a_damaged_or_old_file_is_moved_aside(text, reason, tmp_path, capsys):
@@ -347,6 +356,28 @@ def test_a_worker_that_dies_is_one_line_and_no_worker_is_waited_for(tmp_path, mo
     monkeypatch.setattr(kept, "pretrained", unfit)
     with pytest.raises(cli.Fault, match="was ended, perhaps as memory was full; .*call again"):
         results.run("a test", "ring-2", [(dies, 0), (waits, 0)])
+
+
+def interrupted(reference, seed):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    return {"pid": os.getpid()}
+
+
+def test_what_ends_a_script_is_the_parents_alone(tmp_path):
+    """A terminal sends it to all: it ends the workers when it has nothing more to say to them."""
+    code = f"""if True:
+        import os, signal, test_compare
+        test_compare.kept.pretrained = test_compare.unfit
+        results = test_compare.kept.Results(test_compare.Path({str(tmp_path)!r}))
+        print(results.run("", "ring-2", [(test_compare.interrupted, 0)])[0]["pid"], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", code]
+    how = {"env": os.environ | {"PYTHONPATH": path}, "capture_output": True, "timeout": 60}
+    ran = subprocess.run(command, **how)  # until no worker has the pipe any more
+    assert ran.returncode == -signal.SIGKILL and int(ran.stdout) and b"Traceback" not in ran.stderr
 
 
 def test_two_comparisons_in_one_folder_keep_each_others_runs(tmp_path):

@@ -1,12 +1,19 @@
 """The world of shapes: an exact checker, and a pipeline whose parts do what they are for."""
 
+import errno
+import json
+import math
+import os
 import random
+import shutil
+import unittest.mock
 
 import pytest
 import shapes
 import tiny_sd35
 import tiny_world
 import torch
+from safetensors.torch import load_file, save_file
 
 import cli
 import prompts as prompt_sets
@@ -141,6 +148,77 @@ def test_the_command_leaves_a_pipeline_prompts_and_pictures(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         run_main(monkeypatch, capsys, "--out", tmp_path / "none", "--lora", tmp_path)
     assert "holds no pipeline; run toy/shapes.py first" in capsys.readouterr().err
+
+
+def without(folder, name):
+    shutil.rmtree(folder / name)
+
+
+def of_nan(folder, name):
+    file = folder / name / "diffusion_pytorch_model.safetensors"
+    weights = {key: weight * math.nan for key, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+
+
+def of_other_pictures(folder, name):
+    config = folder / name / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 32}))
+
+
+def cut(folder, name):
+    os.truncate(folder / name / "diffusion_pytorch_model.safetensors", 1000)
+
+
+DAMAGES = [
+    (without, "vae", "it has no vae"),
+    (without, "tokenizer_2", "it has no tokenizer_2"),
+    (of_nan, "transformer", "its transformer has no finite "),
+    (cut, "transformer", "mend it, or give a folder"),
+    (of_other_pictures, "transformer", "is of another world: it draws pictures of 64 pixels"),
+]
+
+
+@pytest.mark.parametrize(("damage", "name", "line"), DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_pipeline_is_one_line(damage, name, line, pipe, tmp_path, monkeypatch, capsys):
+    """Some libraries would make do with what is left, and the table would be of noise."""
+    pipe.save_pretrained(tmp_path / "p")
+    damage(tmp_path / "p", name)
+    (tmp_path / tiny_world.WEIGHTS).write_bytes(b"")
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, capsys, "--out", tmp_path / "p", "--lora", tmp_path, "--samples", 1)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and line in said and said.count("\n") == 1
+
+
+def test_a_lora_of_another_world_is_told_by_its_run(tmp_path):
+    (tmp_path / "arguments.json").write_text('{"resolution": 64}')
+    args = shapes.Arguments(lora=[str(tmp_path)])
+    rest = dict.fromkeys(("build", "pretrain", "files", "shown", "title", "columns", "right"))
+    with pytest.raises(cli.Fault, match="was trained on pictures of 64 pixels, and not of 16; gi"):
+        tiny_world.run(args, side=shapes.SIDE, **rest)
+
+
+@pytest.mark.parametrize("line", [None, "rubbish", '{"reward": NaN}', '{"reward": 1e400}', "{}"])
+def test_rewards_that_cannot_be_drawn_are_one_line(line, tmp_path):
+    if line:
+        (tmp_path / "metrics.jsonl").write_text(f'{{"reward": 0.5}}\n{line}\n')
+    with pytest.raises(cli.Fault, match="metrics.jsonl .*; mend it, or leave --figure out"):
+        tiny_world.read_rewards(str(tmp_path))
+
+
+def test_a_pipeline_is_replaced_whole_or_not_at_all(pipe, tmp_path, monkeypatch):
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    tiny_world.save(pipe, tmp_path, {"prompts": [{"prompt": "a"}]})
+    before = files()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(cli.Fault, match="No space .*make room"):
+        patch.setattr(pipe.vae, "save_pretrained", unittest.mock.Mock(side_effect=full))
+        tiny_world.save(pipe, tmp_path, {"prompts": [{"prompt": "b"}]})
+    assert files() == before and not list(tmp_path.glob(".*"))
+    tiny_world.save(pipe, tmp_path, {"prompts": [{"prompt": "b"}]})
+    assert files().keys() == before.keys() and files() != before
 
 
 @pytest.mark.parametrize("names", [("base",), ("a/x", "b/x")])

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import types
 
 import pytest
 import tiny_sd35
@@ -127,6 +128,33 @@ def test_a_missing_package_is_named_before_the_pretraining(tmp_path, monkeypatch
     assert "it needs `pip install rapidocr onnxruntime rapidfuzz`" in capsys.readouterr().err
 
 
+class Broken(types.ModuleType):
+    def __getattr__(self, name):
+        raise OSError("libGL.so.1: cannot open")
+
+
+class Refusing:
+    def __init__(self, **_):
+        raise ValueError("bad model")
+
+
+STUBS = [Broken("stub"), types.SimpleNamespace(DdddOcr=Refusing, RapidOCR=Refusing)]
+
+
+@pytest.mark.parametrize("stub", STUBS, ids=["import", "start"])
+def test_a_package_that_is_broken_is_a_missing_one(stub, tmp_path, monkeypatch, capsys):
+    for name, network in (("ddddocr", words.captcha_reader), ("rapidocr", words.reader)):
+        monkeypatch.setitem(sys.modules, name, stub)
+        network.cache_clear()
+    with pytest.raises(RewardError, match="it needs `pip install ddddocr`: (OS|Value)Error: "):
+        words.captcha_reader()
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, capsys, "--out", tmp_path)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "the OCR reads nothing: " in said
+    assert said.endswith("; pip install -r requirements.txt\n") and said.count("\n") == 1
+
+
 # The pipeline
 
 
@@ -242,12 +270,12 @@ def test_a_lora_is_judged_without_t5_and_without_the_other_network(
 
     monkeypatch.setitem(sys.modules, "ddddocr", None)
     words.captcha_reader.cache_clear()
-    with pytest.raises(RewardError, match="it needs `pip install ddddocr`$"):
+    with pytest.raises(RewardError, match="it needs `pip install ddddocr`: Mod"):
         words.reread_elsewhere(drawn(TEST[:1]), TEST[:1])
     said, *table = run_main(
         monkeypatch, capsys, "--out", out, "--samples", 2, "--lora", run
     ).splitlines()
-    assert said == "the column 'other network' stays empty: it needs `pip install ddddocr`"
+    assert said.startswith("the column 'other network' stays empty: it needs `pip install ddddo")
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     conditions = ["", ", guidance 2", ", 28 steps"]
     named = {row[0]: dict(zip(head, row, strict=True)) for row in rows}

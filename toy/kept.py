@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 from methods import FOLLOWED, Evaluation, Run, Setting, budget_in, pretrained, run_setting
 from search import TUNING_SEEDS
+from sweeps import STEPS, TIMES
 from tqdm import tqdm
 
 import cli
 
 VERSION = 4  # of what a run means; results of another version are computed again
+
+
+def end_with_parent() -> None:
+    """Leaves Ctrl-C and a kill to the process that has started this one, and ends when it does."""
+    for number in (signal.SIGINT, *cli.ends()):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), cli.leave(1)), daemon=True).start()
 
 
 class Missing(cli.Fault):
@@ -32,8 +45,7 @@ class Results:
         self.folder, self.compute, self.keep = folder, compute, keep
         self.kept: dict[str, dict[str, dict]] = {}
         self.references: dict[tuple[str, int], Future] = {}
-        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-        self.pool = ProcessPoolExecutor(os.cpu_count(), **quiet)  # at Ctrl-C, no tracebacks
+        self.pool = ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent)
 
     def load(self, world: str) -> dict[str, dict]:
         path = self.folder / f"{world}.json"
@@ -43,7 +55,7 @@ class Results:
             stored = json.loads(path.read_text("utf-8") if path.is_file() else "")
             if stored["version"] == VERSION:
                 for key, found in stored["runs"].items():
-                    (as_run if key.startswith('["run_setting"') else dict)(found)
+                    CHECKS.get(key.removeprefix('["').split('"')[0], dict)(found)
                 return stored["runs"]
             reason = f"of version {str(stored['version'])[:20]!r}, not {VERSION}"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -94,6 +106,7 @@ class Results:
                 progress.update()
         except BaseException as error:
             progress.close()
+            resource_sharer.stop(timeout=5)  # or it would complain of those that it gives tensors
             for process in multiprocessing.active_children():
                 process.kill()  # or what is computing would be waited for
             self.pool.shutdown(cancel_futures=True)
@@ -126,6 +139,19 @@ def as_run(kept: dict) -> Run:
     run = Run(**kept | {"evaluations": rows})
     sum(map(sum, rows), run.restricted() + run.budget + run.seconds + rows[0].cost)  # numbers all
     return run
+
+
+def sum_of(found: dict, name: str, rows: int, fields: tuple[str, ...]) -> float:
+    """Raises TypeError, or a LookupError, where a measurement lacks one of its numbers."""
+    return sum(found[name][row][field] for row in range(rows) for field in fields)
+
+
+CHECKS: dict[str, Callable[[dict], object]] = {  # by task, what fails where a result is none
+    "run_setting": as_run,
+    "artefacts": lambda found: sum_of(found, "rollouts", len(STEPS), ("right", "distance")),
+    "sharing": lambda found: sum_of(found, "ratios", len(TIMES), ("gap", "gradient")),
+    "signal": lambda found: math.isfinite(found["signal"]),
+}
 
 
 def changed_fields(setting: Setting) -> dict:

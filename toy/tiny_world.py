@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import cli
 from cli import Fault, option
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
     from torch import Tensor
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # a LoRA's file in a run's folder
@@ -81,17 +84,35 @@ def read_rewards(folder: str) -> list[float]:
     path = Path(folder) / "metrics.jsonl"
     try:
         lines = path.read_text("utf-8").splitlines()
-        return [float(json.loads(line)["reward"]) for line in lines or [""]]
+        rewards = [float(json.loads(line)["reward"]) for line in lines or [""]]
+        if not all(map(math.isfinite, rewards)):
+            raise ValueError("a reward is NaN or infinite")
+        return rewards
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise Fault(f"argument --lora: cannot read {path} ({cli.first_line(error)})") from None
+        found = f"argument --lora: cannot read {path} ({cli.first_line(error)})"
+        raise Fault(f"{found}; mend it, or leave --figure out") from None
 
 
-def tried(line: str, work: Callable[..., object], *of: object, **more: object):
-    """What work(...) returns. Whatever diffusers raises because of a file is a Fault."""
+def save(pipe: StableDiffusion3Pipeline, out: Path, files: dict[str, list[dict]]) -> None:
+    """Writes a pipeline and its prompts aside, and puts them in their place when all is written.
+
+    So a pipeline that was there stays whole if this one cannot be written. Raises Fault.
+    """
+    aside = out / f".{os.getpid()}-new"
     try:
-        return work(*of, **more)
-    except Exception as error:
-        raise Fault(f"{line} ({cli.first_line(error)})") from None
+        pipe.save_pretrained(aside)
+        for name, prompts in files.items():
+            text = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+            (aside / f"{name}.jsonl").write_text(text, "utf-8")
+        for path in sorted(aside.iterdir(), key=Path.is_file):  # model_index.json after the parts
+            if path.is_dir():
+                shutil.rmtree(out / path.name, ignore_errors=True)
+            os.replace(path, out / path.name)
+    except Exception as error:  # whatever diffusers makes of a disk that is full
+        found = f"cannot write {out} ({cli.first_line(error)})"
+        raise Fault(f"{found}; make room, or mend that, and call again") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run(
@@ -117,24 +138,28 @@ def run(
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
     os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
+    for lora in args.lora:  # a run's folder says for what pictures it is, and its weights do not
+        trained = cli.read_json(Path(lora) / "arguments.json").get("resolution", side)
+        if trained != side:
+            found = f"{lora} was trained on pictures of {trained} pixels, and not of {side}"
+            raise Fault(f"argument --lora: {found}; give a run of this world")
     import matplotlib.pyplot as plt
     import tiny_sd35
     import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline
+    from diffusers import DPMSolverMultistepScheduler
     from tqdm import tqdm
 
+    import sd35
     from checkpoints import check_lora
 
     plt.rcParams["text.parse_math"] = False  # a folder's name may have a dollar sign in it
     out, loras = Path(args.out), [Path(lora) for lora in args.lora]
     if loras:
-        load, index = (
-            StableDiffusion3Pipeline.from_pretrained,
-            cli.read_json(out / "model_index.json"),
-        )
-        absent = {name: None for name, part in index.items() if part == [None, None]}  # no T5
-        pipe = tried(f"argument --out: cannot use {out}", load, out, dtype=torch.float32, **absent)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = sd35.load_pipeline(str(out.absolute()), torch.float32)
+        pixels = 2 * pipe.transformer.config.sample_size
+        if pixels != side:
+            found = f"it draws pictures of {pixels} pixels, and not of {side}"
+            raise Fault(f"argument --out: {out} is of another world: {found}; leave --out out")
         for lora in loras:
             check_lora(lora / WEIGHTS, pipe.transformer)
     else:
@@ -142,12 +167,7 @@ def run(
         progress = tqdm(pretrain(pipe, args.pretraining), "pretraining", total=args.pretraining)
         for loss in progress:
             progress.set_postfix(loss=f"{loss:.3f}")
-        tried(f"cannot write {out}", pipe.save_pretrained, out)
-        for name, prompts in files.items():
-            text = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-            cli.replace_file(
-                out / f"{name}.jsonl", lambda new, text=text: new.write_text(text, "utf-8")
-            )
+        save(pipe, out, files)
         print(f"wrote {out}", flush=True)
     pipe.scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
@@ -165,13 +185,9 @@ def run(
     for lora in [None, *loras]:
         name = lora.name if lora else "base"
         if lora:
-            load, line = pipe.load_lora_weights, f"argument --lora: cannot use {lora}"
-            tried(line, load, lora, weight_name=WEIGHTS)
+            sd35.load_lora(pipe, lora)
         for condition, (guidance, steps) in CONDITIONS.items():
             images = tiny_sd35.sample(pipe, shown, 0, guidance, steps)
-            if images.shape[-1] != side:
-                found = f"pictures of {images.shape[-1]} pixels, and not of {side}"
-                raise Fault(f"argument --out: {out} is of another world: it draws {found}")
             print_row(name + condition, images, first=drawn is None and not sheets)
             if not condition:
                 sheets[name] = contact_sheet(images, shown, right(images, shown))
