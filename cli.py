@@ -166,6 +166,16 @@ def make_place(name: str, flag: str, endings: tuple[str, ...]) -> Path:
     return path
 
 
+def check_own(path: Path, begins: str, flag: str) -> None:
+    """Raises Fault if a file is there that does not begin so, and is somebody else's."""
+    try:
+        own = not path.exists() or path.read_text("utf-8").startswith(begins)
+    except (OSError, ValueError):
+        own = False
+    if not own:
+        raise Fault(f"argument --{flag}: {path} is another's; give a new folder")
+
+
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes aside and renames, so that there is never half a file. Raises Fault if it cannot."""
     new = path.with_name(f".{os.getpid()}-{path.name}")  # keeps the suffix, which says the format

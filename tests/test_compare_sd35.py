@@ -555,6 +555,8 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
     assert "damaged" in fault(pipelines="x") and "damaged" in fault(runs=[])
     for run in ({}, [], {"budget": 1}, {"budget": 1, "evaluations": [[0, 0.0, "0.5", 0.0]]}):
         assert "damaged" in fault(runs={"a": run})
+    assert "damaged" in fault(pipelines=[7])
+    assert "damaged" in fault(runs={"a": {"budget": math.nan, "evaluations": [[0, 0.0, 0.5, 0]]}})
     for rows in ([], [[0, 0.0, 0.5]], 7):
         assert "damaged" in fault(runs={"a": {"budget": 1, "evaluations": rows}})
     kept.write_text("half of")
@@ -608,6 +610,13 @@ def test_another_pipeline_goes_on_with_the_search_and_has_reports_of_its_own(
     text = (tmp_path / "sd35.md").read_text()
     assert "| shapes | DGPO | 2 |" in text and "| shapes, pipeline 2 | DGPO | 2 |" in text
     assert "Not measured yet" not in text
+
+
+def test_a_page_that_is_not_its_own_is_kept(tmp_path):
+    assert report_sd35.INTRODUCTION.startswith(compare_sd35.TITLE)
+    (tmp_path / "sd35.md").write_text("mine")
+    with pytest.raises(cli.Fault, match="sd35.md is another's; give a new folder"):
+        compare_sd35.parse_args(["--table", "--out", str(tmp_path)])
 
 
 def test_the_table_of_nothing_says_so(tmp_path, capsys):

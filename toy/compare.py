@@ -74,13 +74,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     if args.full and args != default:
         raise cli.Fault("arguments --worlds, --methods and --seed: go without --full")
     page = cli.make_folder(args.out, "out") / "README.md"
-    if args.full and not args.only and page.exists():
-        try:
-            own = page.read_text("utf-8").startswith(TITLE)
-        except (OSError, ValueError):
-            own = False
-        if not own:
-            raise cli.Fault(f"argument --out: {page} is another's; give a new folder")
+    if args.full and not args.only:
+        cli.check_own(page, TITLE, "out")
     return args
 
 

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -36,6 +37,8 @@ from typing import NamedTuple
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
 import cli
 from cli import Fault, option
+
+TITLE = "# The family on SD3.5's own classes"  # of the page that is written
 
 
 @dataclasses.dataclass
@@ -58,7 +61,9 @@ class Arguments:
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
     args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
-    cli.make_folder(args.out, "out")
+    page = cli.make_folder(args.out, "out") / "sd35.md"
+    if args.full or args.table:
+        cli.check_own(page, TITLE, "out")
     return args
 
 
@@ -223,8 +228,9 @@ def is_whole(kept: dict) -> bool:
     try:
         for run in kept["runs"].values():
             first, *rows = [Evaluation(*row) for row in run["evaluations"]]
-            sum(map(sum, rows), run["budget"] + sum(first))  # a TypeError, if one is no number
-        return isinstance(kept["pipelines"], list)
+            if not math.isfinite(sum(map(sum, rows), run["budget"] + sum(first))):
+                return False
+        return isinstance(kept["pipelines"], list) and all(map(str.isalnum, kept["pipelines"]))
     except (LookupError, TypeError, ValueError, AttributeError):
         return False
 
@@ -441,7 +447,7 @@ def full(results: Results, worlds: list[str]) -> None:
         except BaseException as end:
             threads.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
-                process.terminate()
+                process.kill()  # or it would take a kill for its run's end, and begin another
             results.pool.shutdown(cancel_futures=True)
             if isinstance(end, CancelledError | BrokenProcessPool):
                 raise KeyboardInterrupt from None

@@ -263,7 +263,7 @@ def main() -> None:
         with fence("the OCR reads nothing"):  # before minutes of pretraining
             written(paint(["ABCD"]), [prompt_of("ABCD", "test")])
     except RewardError as error:
-        raise cli.Fault(f"{error}; pip install -r requirements.txt") from None
+        raise cli.Fault(f"{error}; mend that package, or install it anew") from None
     try:
         captcha_reader()
     except RewardError as error:
