@@ -232,8 +232,8 @@ Written by `python toy/compare_sd35.py --table` from the runs kept beside this f
   forwards, in brackets those of the cheapest and the dearest seed. A run that does not arrive
   counts as the whole budget of {" and ".join(f"{w.budget:,}" for w in WORLDS.values())}, and the
   mean is then a lower bound (>).
-- **Pipelines**: no two machines pretrain the same one to the bit. Methods are compared on one; what
-  "pipeline 2" says is the same settings on another, which chose nothing.
+- **Pipelines**: no two machines pretrain the same one to the bit. Methods are compared on one, and
+  "pipeline 2" is another; a search may have begun on the one and gone on on the other.
 - **Search**: as many settings as the table says, by successive halving on one seed that is not
   reported. A setting works if the first rung, an eighth of the budget, brings it {WORKS:.0%} of the
   way to the goal.
