@@ -231,6 +231,7 @@ def test_libraries_that_do_not_load(script, found, code, said, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_kill_and_a_terminal_that_closes_are_a_ctrl_c(number):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup runs the tests
     code = f"import cli, os\ncli.run('x.py', lambda: os.kill(os.getpid(), {int(number)}))"
     ran = bash(f'python -c "{code}"')
     assert (ran.returncode, ran.stderr) == (130, "x.py: stopped\n")

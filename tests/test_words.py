@@ -152,7 +152,7 @@ def test_a_package_that_is_broken_is_a_missing_one(stub, tmp_path, monkeypatch, 
         run_main(monkeypatch, capsys, "--out", tmp_path)
     said = capsys.readouterr().err
     assert end.value.code == 2 and "the OCR reads nothing: " in said
-    assert said.endswith("; pip install -r requirements.txt\n") and said.count("\n") == 1
+    assert said.endswith("; mend that package, or install it anew\n") and said.count("\n") == 1
 
 
 # The pipeline
