@@ -443,11 +443,11 @@ def slow_run(world, setting, seed, budget):
     """In place of a run of training."""
     with (Path(os.environ["RUNS"]) / "log").open("a") as file:
         file.write(f"{setting} {seed}\n")
-    time.sleep(0.2)
+    time.sleep(float(os.environ.get("SECONDS_OF_A_RUN", 0.2)))
     return [Evaluation(0, 0.0, 0.5, 0.0), Evaluation(budget, 1.0, 0.6, 0.0)]
 
 
-def comparison(out):
+def comparison(out, line=("--full",), seconds=0.2):
     """A process of its own: three settings and three seeds for each of two methods."""
     os.setsid()
     os.environ["RUNS"] = str(out)
@@ -457,8 +457,8 @@ def comparison(out):
     compare_sd35.ORDER = [("shapes", "DGPO"), ("shapes", "Flow-GRPO")]
     compare_sd35.MORE = compare_sd35.LOWEST = {}
     compare_sd35.digest = lambda world: "tiny"
-    line = ["--full", "--out", str(out)]
-    cli.run("compare_sd35.py", lambda: compare_sd35.main(line))
+    os.environ["SECONDS_OF_A_RUN"] = str(seconds)
+    cli.run("compare_sd35.py", lambda: compare_sd35.main([*line, "--out", str(out)]))
 
 
 def test_without_flags_it_is_shown_again_beside_what_was_reported(tmp_path, monkeypatch, capsys):
@@ -534,6 +534,22 @@ def test_a_killed_comparison_goes_on(tmp_path):
     assert "Not measured yet" not in said and said.count("0 of 3") == 4  # there and near
     begun = (tmp_path / "log").read_text().splitlines()
     assert len(begun) <= 12 + 2 * len(os.sched_getaffinity(0)) * 2  # what was at work, or waited
+
+
+@pytest.mark.parametrize("line", [("--full",), ("--worlds", "shapes")])
+def test_a_kill_does_not_wait_for_what_is_computing(line, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=comparison, args=(tmp_path, line, 300))
+    process.start()
+    end = time.time() + 60
+    while not (tmp_path / "log").exists() and time.time() < end:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    while at_work(process.pid) and time.time() < end + 60:
+        time.sleep(0.02)
+    assert process.exitcode == 130 and not at_work(process.pid)
+    assert (tmp_path / "stderr").read_text() == "compare_sd35.py: stopped\n"
 
 
 def test_faults_are_one_line(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -29,10 +30,11 @@ import random
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
 import cli
@@ -432,18 +434,14 @@ def unfinished(world: str, found: list[dict[str, Report]]) -> list[str]:
     ]
 
 
-def full(results: Results, worlds: list[str]) -> None:
-    """All passes: in each the searches, then the reports, as many at a time as there are cores."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
-    for world in worlds:
-        results.load(world)  # raises before anything runs
-    mine = [job for job in ORDER if job[0] in worlds]
-    jobs = [(work, *job, n) for n in PASSES for work in (chosen, measure) for job in mine]
+def side_by_side(results: Results, calls: list[Callable[[], Any]]) -> list[Any]:
+    """What several calls return, as many at a time as there are cores.
+
+    At the first that fails, and at Ctrl-C, nothing computes on.
+    """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         try:
-            for done in [threads.submit(work, results, *job) for work, *job in jobs]:
-                done.result()
+            return [done.result() for done in [threads.submit(call) for call in calls]]
         except BaseException as end:
             threads.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -452,6 +450,15 @@ def full(results: Results, worlds: list[str]) -> None:
             if isinstance(end, CancelledError | BrokenProcessPool):
                 raise KeyboardInterrupt from None
             raise
+
+
+def full(results: Results, worlds: list[str]) -> None:
+    """All passes: in each the searches, then the reports."""
+    for world in worlds:
+        results.load(world)  # raises before anything runs
+    mine = [job for job in ORDER if job[0] in worlds]
+    jobs = [(work, *job, n) for n in PASSES for work in (chosen, measure) for job in mine]
+    side_by_side(results, [functools.partial(work, results, *job) for work, *job in jobs])
 
 
 def check(results: Results, world: str) -> str:
@@ -474,9 +481,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     plt.switch_backend("agg")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
     if not (args.full or args.table):
         results = Results(out, keep=False)
-        print("\n\n".join(check(results, world) for world in args.worlds))
+        checks = [functools.partial(check, results, world) for world in args.worlds]
+        print("\n\n".join(side_by_side(results, checks)))
         return
     try:
         if args.full:
