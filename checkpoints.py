@@ -49,8 +49,6 @@ def claim_folder(args: Any) -> Path:
     Raises Fault if it holds another run, or what is no run's, or if a run is at work in it.
     """
     out = make_folder(args.output_dir)
-    if is_first_process():
-        lock_folder(out)
     kept = out / "arguments.json"
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if others and not kept.exists():
@@ -58,6 +56,8 @@ def claim_folder(args: Any) -> Path:
             f"argument --output_dir: {out} holds {others[0]}, and no run; give a new folder, or an "
             "empty one"
         )
+    if is_first_process():
+        lock_folder(out)
     if newest_first(out):
         if not args.resume_from_checkpoint:
             raise Fault(

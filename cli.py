@@ -78,7 +78,8 @@ def parse(arguments: type, argv: list[str]) -> Any:
     """
 
     def error(message: str) -> NoReturn:
-        raise Fault(message)
+        unknown = message.startswith("unrecognized")
+        raise Fault(f"{message}; see --help" if unknown else message)
 
     parser = argparse.ArgumentParser(description=arguments.__doc__, allow_abbrev=False)
     parser.error = error
@@ -158,6 +159,8 @@ def make_folder(name: str, flag: str = "output_dir", file: str = "") -> Path:
 def make_place(name: str, flag: str, endings: tuple[str, ...]) -> Path:
     """Where a file can be written, in a folder made if need be. Raises Fault."""
     path = Path(name)
+    if not name:
+        raise Fault(f"argument --{flag}: is needed: a file that ends in {' or '.join(endings)}")
     if path.suffix not in endings:
         raise Fault(f"argument --{flag}: must end in {' or '.join(endings)}, got {name!r}")
     make_folder(str(path.parent), flag, path.name)

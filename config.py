@@ -49,6 +49,8 @@ def read_config(path: str, arguments: type) -> list[str]:
         name, many = field.name, field.default_factory is not dataclasses.MISSING
         if name in found:
             raise fault(key.start_mark, f"{name} is there already")
+        if name == "config" and node.value not in NULL:
+            raise fault(key.start_mark, "a file of --config cannot name another one")
         nodes = node.value if many and isinstance(node, yaml.SequenceNode) else [node]
         if not all(isinstance(value, yaml.ScalarNode) for value in nodes):
             needed = "values, and no list in a list" if many else "one value"

@@ -200,8 +200,6 @@ def claim_folder(args: Arguments, texts: list[str]) -> None:
     other; the first one locks and writes.
     """
     out = make_folder(args.output_dir)
-    if cli.is_first_process():
-        lock_folder(out)
     drawn = {name: getattr(args, name) for name in (*OF_THE_RUN, "num_inference_steps", "seeds")}
     drawn["texts"] = texts
     drawn["LoRA"] = hashlib.sha256((Path(args.lora) / LORA_FILE).read_bytes()).hexdigest()
@@ -210,6 +208,8 @@ def claim_folder(args: Arguments, texts: list[str]) -> None:
     if others and not kept.exists():
         where = f"argument --output_dir: {out} holds {others[0]}, and no evaluation"
         raise Fault(f"{where}; give a new folder, or an empty one")
+    if cli.is_first_process():
+        lock_folder(out)
     before = read_json(kept) or drawn
     for name in drawn:
         if before.get(name) != drawn[name]:

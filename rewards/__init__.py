@@ -123,7 +123,7 @@ def parse_all(specs: list[str]) -> dict[str, float]:
         place, _, function = name.rpartition(":")
         same = str(Path(place).resolve()) if place.endswith(".py") else place, function
         if same in places:
-            raise RewardError(f"{name} is there twice; give it once ({name}=2 weighs it double)")
+            raise RewardError(f"{name} is there twice; give it once, in training with a weight")
         places.add(same)
         found[name] = weight
     return found

@@ -220,6 +220,7 @@ def test_a_folder_with_files_of_another_is_refused(tmp_path):
     args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
     with pytest.raises(Fault, match="holds README.md, and no run; give a new folder"):
         checkpoints.claim_folder(args)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "mine"
 
 

@@ -57,7 +57,7 @@ BAD = {
     "--rate inf": "argument --rate: must be a finite number, got inf",
     "--rate much": "argument --rate: invalid float value: 'much'",
     "--name c": "argument --name/--alias: invalid choice: 'c'",
-    "--nam b": "unrecognized arguments: --nam b",
+    "--nam b": "unrecognized arguments: --nam b; see --help",
     "--t_min": "argument --t_min: expected one argument",
 }
 
@@ -115,7 +115,7 @@ def test_places_for_files(tmp_path):
     (tmp_path / "file").write_text("")
     for name, said in {
         "a.txt": "must end in .png or .jpg or .pdf or .svg or .webp, got",
-        "": "must end in",
+        "": "is needed: a file that ends in .png",
         "folder.png": "is there, and is no file",
         "file/a.png": "cannot write to",
         "x" * 300 + ".png": "cannot write to .*File name too long",

@@ -58,6 +58,7 @@ BAD_CONFIGS = {
     "reward: &a [*a]": "line 1: reward takes values, and no list in a list",
     "reward: [--offline]": "line 1: reward takes no value that begins with -",
     "beta: 1\nkl: 1\nbeta: 2": "line 3: beta is there already",
+    "beta: 1\nconfig: other.yaml": "line 2: a file of --config cannot name another one",
     "? [1]\n: 2": "line 1: there is no argument of that kind",
     "beta: 1\nkl: 2\n x: y: z": "line 3: this is not YAML",
     "beta: 1\nkl: '": "line 2: this is not YAML",

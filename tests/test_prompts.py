@@ -311,7 +311,7 @@ def test_a_disk_that_is_full_leaves_no_half_file(tmp_path, monkeypatch, capsys):
 
 BAD = {
     "geneval --n 3 --out a.txt": "argument --out: must end in .jsonl, got 'a.txt'",
-    "text --n 3": "argument --out: must end in .txt, got ''",
+    "text --n 3": "argument --out: is needed: a file that ends in .txt",
     "text --n 0 --out a.txt": "argument --n: must be at least 1 and at most 1000000, got 0",
     "text --n 9999999 --out a.txt": "argument --n: must be at least 1 and at most 1000000, got 99",
     "text --n 999999 --out {}/a.txt": "different prompts, asked for 999999",

@@ -142,7 +142,7 @@ def test_a_reward_is_given_once(own, monkeypatch, tmp_path):
     }
     monkeypatch.chdir(tmp_path)
     for twice in (["pickscore", "pickscore=2"], [name, "own/../own/mine.py:f"]):
-        with pytest.raises(rewards.RewardError, match=" is there twice; give it once .*=2 weighs"):
+        with pytest.raises(rewards.RewardError, match=" is there twice; give it once, in training"):
             rewards.parse_all(twice)
 
 

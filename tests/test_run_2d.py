@@ -134,7 +134,7 @@ BAD_FLAGS = {
     "--ema 1.5": "argument --ema: must be at least 0 and at most 1, got 1.5",
     "--seed -1": f"argument --seed: must be at least 0 and below {2**63}, got -1",
     "--out=": "argument --out: must not be empty",
-    "--nonsense": "unrecognized arguments: --nonsense",
+    "--nonsense": "unrecognized arguments: --nonsense; see --help",
 }
 
 
