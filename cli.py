@@ -263,11 +263,19 @@ def signal_check() -> Callable[[], None]:
     for number in numbers:
         signal.signal(number, receive)
 
+    def hold() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def let_go() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
     def forget() -> None:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+        let_go()
 
-    os.register_at_fork(after_in_child=forget)  # a pool of a reward's ends its children by SIGTERM
+    # A pool of a reward's ends its children by SIGTERM, be they ever so young.
+    os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
 
     def obey() -> None:
         if received:

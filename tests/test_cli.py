@@ -250,14 +250,20 @@ def test_a_line_does_not_follow_a_progress_bar_on_its_line(capsys):
 def test_a_child_that_a_reward_has_forked_obeys_its_parent():
     """It has the run's handlers; multiprocessing's pools end their children by SIGTERM."""
     code = """if True:
-        import cli, multiprocessing, time
+        import cli, multiprocessing, os, signal, time
+        early = False  # whether a child gets SIGTERM before any other hook is called in it
+        term = lambda: early and os.kill(os.getpid(), signal.SIGTERM)
+        os.register_at_fork(after_in_child=term)
         check = cli.signal_check()
         with multiprocessing.get_context("fork").Pool(1, time.sleep, [60]):
             time.sleep(0.2)
+        early = True
+        child = os.fork() or time.sleep(60)
+        ended = os.waitpid(child, 0)[1] == signal.SIGTERM
         check()
-        print("goes on", flush=True)
+        print("goes on", ended, flush=True)
     """
-    assert bash(f"timeout 20 python -c '{code}'").stdout == "goes on\n"
+    assert bash(f"timeout 20 python -c '{code}'").stdout == "goes on True\n"
 
 
 def test_a_second_signal_ends_at_once_and_a_launchers_repetition_does_not():
