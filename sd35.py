@@ -80,7 +80,10 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
     except Exception as error:  # whatever the libraries make of other files
         hub = f"accept its licence at https://huggingface.co/{model} and do `hf auth login`"
         hint = f"{'mend it' if local else hub}, or give a folder as save_pretrained writes it"
-        raise Fault(f"cannot load {model} ({first_line(error)}); {hint}") from None
+        said = first_line(error)
+        if "ignore_mismatched_sizes" in said:  # transformers has logged what it is about
+            said = "a text encoder's weights have not the shapes that its config says"
+        raise Fault(f"cannot load {model} ({said}); {hint}") from None
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():
         if isinstance(module, nn.Module):

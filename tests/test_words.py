@@ -151,8 +151,8 @@ def test_a_package_that_is_broken_is_a_missing_one(stub, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as end:
         run_main(monkeypatch, capsys, "--out", tmp_path)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and "the OCR reads nothing: " in said
-    assert said.endswith("; mend that package, or install it anew\n") and said.count("\n") == 1
+    assert end.value.code == 2 and "the package rapidocr reads nothing: " in said
+    assert said.endswith("; mend it, or install it anew\n") and said.count("\n") == 1
 
 
 # The pipeline

@@ -260,10 +260,10 @@ def main() -> None:
     from rewards import RewardError, fence
 
     try:
-        with fence("the OCR reads nothing"):  # before minutes of pretraining
+        with fence("the package rapidocr reads nothing"):  # before minutes of pretraining
             written(paint(["ABCD"]), [prompt_of("ABCD", "test")])
     except RewardError as error:
-        raise cli.Fault(f"{error}; mend that package, or install it anew") from None
+        raise cli.Fault(f"{error}; mend it, or install it anew") from None
     try:
         captcha_reader()
     except RewardError as error:
