@@ -30,6 +30,7 @@ import cli
 import dgpo
 import sd35
 import train_sd35
+from rewards import RewardError
 
 ROOT = Path(__file__).parents[1]
 TEXT, P, G = "red diamond", 2, 6
@@ -635,8 +636,22 @@ def test_a_page_that_is_not_its_own_is_kept(tmp_path):
         compare_sd35.parse_args(["--table", "--out", str(tmp_path)])
 
 
-def test_the_table_of_nothing_says_so(tmp_path, capsys):
-    compare_sd35.main(["--table", "--out", str(tmp_path)])
+def without_a_package(world, setting, seed, budget):
+    """In place of a run of training."""
+    raise RewardError("it needs `pip install what is missing`")
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_sd35, "run_setting", without_a_package)
+    monkeypatch.setattr(compare_sd35, "digest", lambda world: "tiny")
+    for line in (["--full"], []):
+        with pytest.raises(cli.Fault, match="^it needs `pip install what is missing`$"):
+            compare_sd35.main([*line, "--worlds", "words", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("line", [["--table"], ["--full", "--table"]])
+def test_the_table_of_nothing_says_so(line, tmp_path, capsys):
+    compare_sd35.main([*line, "--out", str(tmp_path)])
     text = (tmp_path / "sd35.md").read_text()
     assert "Not measured yet" in text and "Flow-GRPO in words" in text
     assert capsys.readouterr().out.strip() == text.strip()

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
 import cli
-from cli import Fault, option
+from cli import Fault, first_line, option
 
 TITLE = "# The family on SD3.5's own classes"  # of the page that is written
 
@@ -63,6 +63,7 @@ class Arguments:
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
     args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
+    args.worlds = list(dict.fromkeys(args.worlds))
     page = cli.make_folder(args.out, "out") / "sd35.md"
     if args.full or args.table:
         cli.check_own(page, TITLE, "out")
@@ -80,6 +81,8 @@ import matplotlib.pyplot as plt
 from family_sd35 import ROOT, WORLDS, Evaluation, Run, Setting, run_setting
 from report_sd35 import SEEDS, WORKS, Report, Search, Tried, page
 from search import Dial, Range
+
+from rewards import RewardError
 
 VERSION = 2  # of what a run means
 FRESH_SEEDS, TUNING_SEED, CHECK_SEED = tuple(range(SEEDS)), 100, 20
@@ -449,6 +452,8 @@ def side_by_side(results: Results, calls: list[Callable[[], Any]]) -> list[Any]:
             results.pool.shutdown(cancel_futures=True)
             if isinstance(end, CancelledError | BrokenProcessPool):
                 raise KeyboardInterrupt from None
+            if isinstance(end, RewardError):  # a package that it needs is missing
+                raise Fault(first_line(end)) from None
             raise
 
 
@@ -488,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n\n".join(side_by_side(results, checks)))
         return
     try:
-        if args.full:
+        if not args.table:
             full(Results(out), args.worlds)
     finally:
         kept = Results(out, compute=False)
