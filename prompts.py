@@ -47,13 +47,13 @@ def read(path: Path) -> list[dict]:
     Raises ValueError, naming file and line, if it cannot be read or holds no prompt.
     """
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path} must be a .txt or .jsonl file")
+        raise ValueError(f"{path} must be a .txt or .jsonl file, or one of {', '.join(LISTS)}")
     try:
         if path.exists() and not path.is_file():  # a FIFO would be waited for
             raise ValueError("it is no file")
         lines = path.read_text("utf-8-sig").split("\n")  # U+2028 ends no line of a file
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it so") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({getattr(error, 'strerror', error)})") from None
     prompts = []
@@ -74,7 +74,7 @@ def read(path: Path) -> list[dict]:
             raise ValueError(f"{path}, line {number} has {n} characters; give at most {LONGEST}")
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{path} holds no prompt")
+        raise ValueError(f"{path} holds no prompt; write one in each line")
     return prompts
 
 
