@@ -7,7 +7,6 @@ What a person reads of a run is written by records.py.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -32,6 +31,11 @@ from tqdm import tqdm
 import records
 import sd35
 from cli import Fault, first_line, is_first_process, make_folder, read_json, replace_file
+
+try:
+    import fcntl
+except ImportError:  # Windows has none, and there no folder is locked
+    fcntl = None
 
 # What a run may be resumed with another value of, because it does not change the steps.
 NOT_OF_THE_STEPS = (
@@ -70,6 +74,8 @@ def claim_folder(args: Any) -> Path:
 
 def lock_folder(out: Path) -> None:
     """Takes the folder for this process, for as long as it lives. Raises Fault if it is taken."""
+    if fcntl is None:
+        return
     try:
         lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -240,10 +240,17 @@ def launching() -> Iterator[None]:
         ) from None
 
 
+def cores() -> int:
+    """How many this process may use: all of the machine's, where the system says no more."""
+    may = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))
+    return len(may(0))
+
+
 def ends() -> list[int]:
     """What ends a script as Ctrl-C does: a kill, and a terminal that closes unless under nohup."""
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGTERM] if nohup else [signal.SIGTERM, signal.SIGHUP]
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    nohup = signal.getsignal(hangup) == signal.SIG_IGN
+    return [signal.SIGTERM] if nohup else [signal.SIGTERM, hangup]
 
 
 def signal_check() -> Callable[[], None]:
@@ -274,8 +281,8 @@ def signal_check() -> Callable[[], None]:
             signal.signal(number, signal.SIG_DFL)
         let_go()
 
-    # A pool of a reward's ends its children by SIGTERM, be they ever so young.
-    os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
+    if hasattr(os, "fork"):  # a pool of a reward's ends its children by SIGTERM, ever so young
+        os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
 
     def obey() -> None:
         if received:

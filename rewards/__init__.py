@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import first_line, leave
+from cli import ends, first_line, leave
 
 Reward = Callable[[Tensor, list[dict]], object]
 NAMES = (builtins, json, os, torch)
@@ -348,7 +348,7 @@ def unchanged() -> Iterator[None]:
         for ask, put in SETTINGS:
             undo.callback(put_back, ask, put, ask())
         if threading.current_thread() is threading.main_thread():  # where alone they can be set
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, *ends()):
                 undo.callback(signal.signal, number, signal.getsignal(number))
         with suppress(OSError):  # a folder that is gone
             undo.callback(os.chdir, os.getcwd())

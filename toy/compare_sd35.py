@@ -251,8 +251,8 @@ class Results:
         self.kept: dict[str, dict] = {}
         self.running: dict[str, Future] = {}
         self.lock = threading.RLock()
-        cores = len(os.sched_getaffinity(0))
-        self.pool = ProcessPoolExecutor(cores, initializer=end_with_parent) if compute else None
+        about = {"max_workers": cli.cores(), "initializer": end_with_parent}
+        self.pool = ProcessPoolExecutor(**about) if compute else None
 
     def load(self, world: str) -> dict:
         """{"version", "pipelines", "runs"} of a world. Raises Fault at what it cannot go on with.
@@ -442,7 +442,7 @@ def side_by_side(results: Results, calls: list[Callable[[], Any]]) -> list[Any]:
 
     At the first that fails, and at Ctrl-C, nothing computes on.
     """
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with ThreadPoolExecutor(cli.cores()) as threads:
         try:
             return [done.result() for done in [threads.submit(call) for call in calls]]
         except BaseException as end:

@@ -45,7 +45,7 @@ class Results:
         self.folder, self.compute, self.keep = folder, compute, keep
         self.kept: dict[str, dict[str, dict]] = {}
         self.references: dict[tuple[str, int], Future] = {}
-        self.pool = ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent)
+        self.pool = ProcessPoolExecutor(cli.cores(), initializer=end_with_parent)
 
     def load(self, world: str) -> dict[str, dict]:
         path = self.folder / f"{world}.json"
