@@ -420,7 +420,7 @@ def evaluate(args: Arguments) -> None:
     draw(args, state.device, mine)
 
     scores = read_json(out / "scores.json")
-    if not all(isinstance(score, float) for score in scores.values()):
+    if not all(isinstance(x, float) and not abs(x) > rewards.LARGEST for x in scores.values()):
         raise Fault(f"{out}/scores.json holds what is no score; delete it to score again")
     for part in gather_object([score(args, state.device, mine, scores)]):
         scores |= part

@@ -361,7 +361,9 @@ def test_two_evaluations_in_one_folder_do_not_interleave(tiny, loras, prompts, t
 
 
 @pytest.mark.parametrize("name", ["scores.json", "settings.json"])
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', '{"a": {"b": 1}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"a": "b"}', '{"a": 1e300}', '{"a": {}}', "[" * 10**5]
+)
 def test_rubbish_in_the_folder_is_one_line(name, content, tiny, loras, prompts, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -192,10 +192,11 @@ def test_a_damaged_pipeline_is_one_line(damage, name, line, pipe, tmp_path, monk
 
 def test_a_lora_of_another_world_is_told_by_its_run(tmp_path):
     (tmp_path / "arguments.json").write_text('{"resolution": 64}')
-    args = shapes.Arguments(lora=[str(tmp_path)])
     rest = dict.fromkeys(("build", "pretrain", "files", "shown", "title", "columns", "right"))
-    with pytest.raises(cli.Fault, match="was trained on pictures of 64 pixels, and not of 16; gi"):
-        tiny_world.run(args, side=shapes.SIDE, **rest)
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        args = shapes.Arguments(lora=[str(folder)])
+        with pytest.raises(cli.Fault, match="was trained on pictures of 64 pixels, and not of 16;"):
+            tiny_world.run(args, side=shapes.SIDE, **rest)
 
 
 @pytest.mark.parametrize("line", [None, "rubbish", '{"reward": NaN}', '{"reward": 1e400}', "{}"])

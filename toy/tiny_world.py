@@ -139,7 +139,9 @@ def run(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
     os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
     for lora in args.lora:  # a run's folder says for what pictures it is, and its weights do not
-        trained = cli.read_json(Path(lora) / "arguments.json").get("resolution", side)
+        folder = Path(lora).absolute()
+        of_run = folder.parent if folder.name.startswith("checkpoint-") else folder
+        trained = cli.read_json(of_run / "arguments.json").get("resolution", side)
         if trained != side:
             found = f"{lora} was trained on pictures of {trained} pixels, and not of {side}"
             raise Fault(f"argument --lora: {found}; give a run of this world")
