@@ -315,9 +315,13 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
     if any(frame.name == "<module>" and "site-packages" in frame.filename for frame in frames):
         # A library reads its settings as it is imported.
         return 2, f"{frames[-1].filename} does not load ({line}); look at its settings"
-    if frames and "tqdm" in Path(frames[-1].filename).parts:
+    if frames and is_tqdm(frames[-1]):
         return 2, f"no progress bar can be drawn ({line}); unset the variables TQDM_..."
     return None
+
+
+def is_tqdm(call: traceback.FrameSummary) -> bool:
+    return "tqdm" in Path(call.filename).parts
 
 
 def run(script: str, main: Callable[[], None]) -> None:
@@ -331,9 +335,11 @@ def run(script: str, main: Callable[[], None]) -> None:
         found = verdict(error)
         if not found:
             return sys.__excepthook__(kind, error, trace)
+        calls = [call for call in traceback.extract_tb(error.__traceback__) if is_tqdm(call)]
+        begun = any(call.name == "__init__" for call in calls)  # a bar that is not yet one
         traceback.clear_frames(error.__traceback__)  # a progress bar ends its line
         try:
-            sys.stderr.write(f"{script}: {found[1]}\n" if found[1] else "")
+            sys.stderr.write("\n" * begun + f"{script}: {found[1]}\n" if found[1] else "")
         except OSError as full:
             error = full
         if isinstance(error, OSError):  # what could not be printed is not tried again

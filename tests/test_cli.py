@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -242,9 +243,16 @@ def test_a_line_does_not_follow_a_progress_bar_on_its_line(capsys):
         bar = tqdm(range(9))
         raise KeyboardInterrupt(bar.n)
 
-    with pytest.raises(SystemExit):
-        cli.run("x.py", main)
-    assert capsys.readouterr().err.endswith("\nx.py: 0\n")
+    class Interrupted(io.StringIO):
+        def write(self, text):
+            sys.stderr.write(text)
+            if "0%" in text:
+                raise KeyboardInterrupt(0)
+
+    for interrupted in (main, lambda: tqdm(range(9), file=Interrupted())):  # also as it begins
+        with pytest.raises(SystemExit):
+            cli.run("x.py", interrupted)
+        assert capsys.readouterr().err.endswith("\nx.py: 0\n")
 
 
 def test_a_child_that_a_reward_has_forked_obeys_its_parent():
