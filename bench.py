@@ -214,7 +214,7 @@ def step_tflop(args: Arguments, size: SimpleNamespace) -> dict[str, float]:
     G, m = args.group_size, args.train_samples or args.group_size
     scales = (args.guidance_scale, args.reference_guidance_scale)
     guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
-    asked = asks_old(args) + (args.micro_batch_size < m)  # theta_old, and theta for the gap
+    asked = asks_old(args) + (0 < args.micro_batch_size < m)  # theta_old, and theta for the gap
     train = guided_reference * size.reference + asked * size.theta + size.backward
     each = {
         "rollout": args.num_inference_steps * guided * size.theta,

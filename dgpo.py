@@ -96,14 +96,14 @@ def weights(advantages: Tensor) -> Tensor:
     return advantages.abs()
 
 
-# Eq. 15 -> 16 (Appendix C.2, Eq. 18-20): from whole paths to one timestep.
+# Eq. 15 -> 16 (Appendix C.1, C.2, Eq. 18-20): from whole paths to one timestep.
 # What is left is -log sigmoid(beta [sum_{G+} w rho - sum_{G-} w rho]) with rho = log p_theta/p_ref
 # (Eq. 15). A diffusion model cannot tell p_theta(x0) either, so Eq. 10 takes the path x_{0:T} that
 # forward diffusion q makes of x0, whose log-ratio is a sum over T transitions (Eq. 19):
 #     rho = E_q sum_t log p_theta(x_{t-1}|x_t)/p_ref(x_{t-1}|x_t) = T E_t E_q log p_theta/p_ref.
 # These means stand inside -log sigmoid, a convex function phi, and phi(E X) <= E phi(X) (Jensen,
-# Eq. 18). Moving them outside gives an upper bound of the loss (Eq. 16), and that is what one
-# random t and one x_t for each sample estimate without bias.
+# Eq. 18). Moving those over t and x_t outside gives an upper bound of the loss (Eq. 16), and that
+# is what one random t and one x_t for each sample estimate without bias.
 def sample_timesteps(
     shape: tuple[int, ...], t_min: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -120,8 +120,8 @@ def sample_timesteps(
 # Below Eq. 16, the paper shares eps in a group "to reduce the variance". Let C_ij be the covariance
 # of grad L_i and grad L_j under one eps: sum_i A_i grad L_i has the variance
 # sum_ij A_i A_j C_ij, of which an eps each leaves the terms i = j. What all C_ij have in common
-# cancels, as sum_j A_j = 0, so sharing helps a pair. Where samples that are alike (large C_ij) have
-# like advantages it hurts: in the toy at G = 24 three to nine times (toy/results/README.md, Noise).
+# cancels, as sum_j A_j = 0: sharing helps a pair if C_12 > 0. Where samples that are alike (large
+# C_ij) have like advantages, it hurts: in the toy at G = 24 three to nine times (toy/results).
 def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
 
@@ -287,7 +287,7 @@ def backward_group_loss(
     velocity_old: Velocity | None = None,
     micro_batch: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of share * (dgpo_loss at b, over b, + kl * mean of (v - v_ref)^2) to .grad.
+    """Add the gradient of share * (dgpo_loss at b / beta + kl * mean of (v - v_ref)^2) to .grad.
 
     b = beta / G: beta is in published units. velocity, velocity_ref, velocity_old: theta, the
     reference and theta_old, without dropout. x0, eps, t: as in `diffuse`; for K timesteps, repeat

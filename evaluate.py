@@ -259,7 +259,8 @@ def draw(args: Arguments, device: torch.device, asked: Asked) -> None:
     missing = [x for x in asked if not (x.exists() and is_whole(x, args.resolution))]
     if not missing:
         return
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if bf16 else torch.float32
     pipe = load_pipeline(args.pretrained_model_name_or_path, dtype, (args.resolution, 0)).to(device)
     check_lora(Path(args.lora) / LORA_FILE, pipe.transformer)
     for variant in VARIANTS:
@@ -404,7 +405,8 @@ def evaluate(args: Arguments) -> None:
     claim_folder(args, texts)
     with cli.launching():
         # One process may be done hours before another: ten minutes of patience are too few.
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        state = PartialState(cpu=cpu, timeout=timedelta(days=1))
         torch.ones(1, device=state.device).item()  # the environment may name any device
     found = args.metrics or metrics_at_hand(args, prompts, state.device)
     args.metrics = list(dict.fromkeys(args.reward + found))

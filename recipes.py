@@ -76,8 +76,8 @@ class Arguments:
     )
     recipe: str = option(
         "guided",
-        "Where guidance is used: in the rollout, or nowhere (faster, and further from the base), "
-        "then with the frozen reference, or with theta_old, in the gap.",
+        "Where guidance is used: in the rollout, or by the reference alone (faster, and further "
+        "from the base), which is in the gap, or theta_old is instead.",
         choices=list(RECIPES),
     )
     train_prompts: str | None = option(
@@ -105,7 +105,7 @@ class Arguments:
     )
     max_train_steps: int = option(1000, "Steps, each with a rollout.", at_least=1, at_most=10**9)
     micro_batch_size: MicroBatch = option(
-        4, "Most images in one pass of a network, or auto. It bounds the memory and nothing else."
+        4, "Most images in one pass of a network, or auto: for the memory. It changes no result."
     )
     resolution: int = option(512, "Side of the images in pixels, a multiple of 16.", at_least=16)
     max_sequence_length: int = option(128, "Most tokens that T5 reads.", at_least=1, at_most=512)
@@ -147,8 +147,8 @@ class Arguments:
         cfg_free_ema=0.001,
         at_least=0,
     )
-    clip: float = released(  # clip_range; README.md:161 advises 1e-5 and a kl of 1e-3 for cfg_free
-        1e-2,
+    clip: float = released(  # clip_range
+        1e-2,  # for cfg_free, their README.md:161 advises 1e-5, with a KL of 1e-3
         "A sample is dropped once exp(L_old - L_theta) has left 1 by this. Lower it if training is "
         "unsteady; 0 is no clip.",
         **{"pickscore": 5e-2, "cfg_free": 1e-3, "cfg_free_ema": 1e-5},
@@ -161,7 +161,7 @@ class Arguments:
         choices=["group", "batch"],
     )
     reference_guidance_scale: float = released(  # kl_cfg, in config/dgpo_wocfg_emaref.py 1.0, but
-        1.0,  # "1.0 # or 4.5/3.5" in README.md:175
+        1.0,  # "1.0 # or 4.5/3.5" in their README.md:175
         "Guidance of the frozen reference's velocity; 1 is none.",
         cfg_free=4.5,
         cfg_free_ema=4.5,
@@ -205,7 +205,7 @@ class Arguments:
     lr_scheduler: str = option(
         "constant", "A cosine falls to 0 at --max_train_steps.", choices=["constant", "cosine"]
     )
-    lr_warmup_steps: int = option(0, "Steps in which it rises from 0 before that.", at_least=0)
+    lr_warmup_steps: int = option(0, "Steps in which the learning rate rises from 0.", at_least=0)
     adam_weight_decay: float = option(1e-4, "AdamW's weight decay.", at_least=0)
     max_grad_norm: float = option(1.0, "Norm that a step's gradient is clipped to.", above=0)
     ema_decay: float = option(
@@ -213,25 +213,37 @@ class Arguments:
     )
     ema_steps: int = option(8, "Steps between updates of the saved average.", at_least=1)
     ema_updates: int = released(  # sample.num_batches_per_epoch: scripts/train_sd3_dgpo.py:1215
-        2, "How often it is updated then, in a row.", pickscore=4, at_least=1
+        2, "Updates in a row of the saved average, each time.", pickscore=4, at_least=1
     )
     mixed_precision: str | None = option(
-        None, "Precision of all but the LoRA.", choices=["no", "bf16"], shown="bf16 if the GPU can"
+        None,
+        "Precision of the transformer and the text encoders.",
+        choices=["no", "bf16"],
+        shown="bf16 if the GPU can",
     )
-    gradient_checkpointing: bool = option(True, "Less memory for a third more time in training.")
+    gradient_checkpointing: bool = option(True, "Less memory, for a quarter more time in training.")
 
     checkpointing_steps: int = option(50, "Steps between checkpoints.", at_least=1)
-    checkpoints_total_limit: int = option(3, "How many of the last to keep.", at_least=1)
-    resume_from_checkpoint: str | None = option(None, "'latest', or a folder, to continue a run.")
+    checkpoints_total_limit: int = option(
+        3, "How many checkpoints are kept, the newest ones.", at_least=1
+    )
+    resume_from_checkpoint: str | None = option(None, "Go on from 'latest', or from a folder.")
     validation_steps: int = option(50, "Steps between validation pictures.", at_least=1)
     eval_inference_steps: int = released(  # sample.eval_num_steps
-        14, "Sampler steps of these.", cfg_free=10, cfg_free_ema=10, at_least=1, at_most=1000
+        14,
+        "Sampler steps of the validation pictures.",
+        cfg_free=10,
+        cfg_free_ema=10,
+        at_least=1,
+        at_most=1000,
     )
     report_to: str = option(
         "none", "A tracker, besides metrics.jsonl.", choices=["none", "tensorboard", "wandb"]
     )
     push_to_hub: bool = option(False, "Upload the result in the end. Do `hf auth login` first.")
-    hub_model_id: str | None = option(None, "Its name there.", shown="that of --output_dir")
+    hub_model_id: str | None = option(
+        None, "Name of the uploaded LoRA on the hub.", shown="that of --output_dir"
+    )
     config: str | None = option(None, "YAML or JSON file of these arguments. Flags win.")
     print_arguments: bool = option(False, "Print all arguments as a file for --config, and end.")
 

@@ -265,7 +265,7 @@ def validate(
     prompts: list[dict],
     base: Tensor,
     now: Tensor,
-    judges: dict[str, tuple[float, rewards.Reward]],
+    watched: dict[str, tuple[float, rewards.Reward]],
     device: torch.device,
 ) -> dict[str, float]:
     """Draws the pictures (N, 3, H, W) of base and now side by side. Returns their mean rewards.
@@ -285,7 +285,7 @@ def validate(
     try:
         return {
             f"eval{of}/{name}": mean_score(name, reward, images)
-            for name, (_, reward) in judges.items()
+            for name, (_, reward) in watched.items()
             for of, images in (("_base", base), ("", now))
         }
     except rewards.RewardError as error:

@@ -223,7 +223,7 @@ class Model:
     theta: the LoRA's parameters in pipe.transformer. resolution: the side of a picture in pixels.
     images_a_pass: most images that go through a network at once. autocast: gives the context in
     which the transformer runs. between_passes: called before each pass; what it raises ends the
-    work. encoded: the prompts at hand, which must include the empty one where there is guidance.
+    work. encoded: the prompts at hand, which must include the empty one.
     """
 
     pipe: StableDiffusion3Pipeline

@@ -139,7 +139,7 @@ def group_advantages(args: Arguments, scores: Scores, samples: Tensor | None = N
     summed = sum(weight * values for weight, values in scores.values())
     finite = summed.isfinite().all(1)
     if not finite.any():
-        raise Fault("no group has finite rewards; the run is saved, mend the reward")
+        raise Fault("no group of a step has finite rewards; mend the reward")
     terms = [(1.0, summed)] if args.combine == "rewards" else scores.values()
     if samples is None:
         samples = torch.arange(summed.shape[1]).expand_as(summed)
@@ -294,11 +294,17 @@ class Trainer:
         """Lines 8 to 14, U times, for this process's groups: (p, text, latents, advantages) each.
 
         anywhere: whether any process has one. Returns what backward_group does for each, and the
-        mean of the gradients' norms, or None if one was not finite. A signal or a full memory
-        between two updates undoes the first, as a checkpoint is one of whole steps.
+        mean of the gradients' norms, or None if one was not finite. Then, and at a signal or a full
+        memory between two updates, the others are undone, as steps are whole ones.
         """
         theta, groups, norms, U = self.model.theta, [], [], self.args.updates_per_rollout
         before = copy.deepcopy([theta, self.optimizer.state_dict()]) if U > 1 else None
+
+        def undo() -> None:
+            if before:
+                checkpoints.assign(theta, before[0])
+                self.optimizer.load_state_dict(before[1])
+
         try:
             for update in range(U):
                 self.optimizer.zero_grad()
@@ -312,11 +318,12 @@ class Trainer:
                     raise Stopped
                 norms.append(self.update(anywhere))  # line 14
         except (Stopped, torch.OutOfMemoryError):
-            if before:
-                checkpoints.assign(theta, before[0])
-                self.optimizer.load_state_dict(before[1])
+            undo()
             raise
-        return groups, None if None in norms else sum(norms) / U
+        if None in norms:
+            undo()
+            return groups, None
+        return groups, sum(norms) / U
 
     def backward_group(
         self, step: int, p: int, text: str, x0: Tensor, advantages: Tensor, update: int = 0
@@ -422,8 +429,8 @@ class Trainer:
         """
         with self.model.saved_average():
             now = self.render(prompts)
-        judges = {**self.trained_on, **watched}
-        return records.validate(self.picture, prompts, base, now, judges, self.device)
+        shown = {**self.trained_on, **watched}
+        return records.validate(self.picture, prompts, base, now, shown, self.device)
 
 
 # The run
@@ -608,8 +615,10 @@ def train(args: Arguments) -> None:
                 trainer.save()
     except (Fault, Stopped, torch.OutOfMemoryError) as end:
         trainer.save()
-        saved = Stopped("stopped, and saved; continue with --resume_from_checkpoint latest")
-        raise (saved if isinstance(end, Stopped) else end) from None
+        said = "stopped in the first step, so nothing is saved"
+        if trainer.done:
+            said = "stopped, and saved; continue with --resume_from_checkpoint latest"
+        raise (Stopped(said) if isinstance(end, Stopped) else end) from None
     if main:
         checkpoints.save_lora(model, out)
         records.write_card(args, metrics_file)

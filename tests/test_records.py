@@ -203,7 +203,7 @@ def test_any_number_of_validation_pictures_is_scored_in_parts(tmp_path):
         return [float(prompt["prompt"]) for prompt in prompts]
 
     prompts, pictures = [{"prompt": str(i)} for i in range(40)], torch.zeros(40, 3, 4, 4)
-    judges = {"number": (1.0, number)}
-    found = records.validate(tmp_path / "a.png", prompts, pictures, pictures, judges, "cpu")
+    watched = {"number": (1.0, number)}
+    found = records.validate(tmp_path / "a.png", prompts, pictures, pictures, watched, "cpu")
     assert found == {"eval_base/number": 19.5, "eval/number": 19.5}
     assert parts == 2 * [16, 16, 8]

@@ -478,7 +478,7 @@ def test_a_group_with_a_nan_takes_no_part(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("nan_for_all", "no group has finite rewards"),
+        ("nan_for_all", "no group of a step has finite rewards"),
         ("raising", r"failed on images of prompt '\w+ .*': ZeroDivisionError"),
         ("too_few", r"must return 4 scores, got \(3,\), of prompt '\w+ "),
     ],

@@ -1,5 +1,6 @@
 """The steps of the trainer, on a tiny untrained pipeline of SD3.5's classes."""
 
+import contextlib
 import copy
 import math
 import threading
@@ -303,8 +304,9 @@ def test_each_update_from_a_rollout_has_its_own_times_and_noise(tiny, tmp_path, 
     assert all(bench.distance(a, b) > 1e-4 for a, b in zip(theta, theta[1:], strict=False))
 
 
-@pytest.mark.parametrize("end", [cli.Stopped, torch.OutOfMemoryError])
-def test_what_ends_a_step_between_two_updates_undoes_the_first(end, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [cli.Stopped, torch.OutOfMemoryError, None])
+def test_a_step_whose_updates_are_not_all_done_is_undone(end, tiny, tmp_path, monkeypatch):
+    """Ended by a signal or a full memory, or with one of them not finite."""
     trainer, *_ = step_of(tiny, tmp_path, monkeypatch, updates_per_rollout=3)
     chosen = [{"prompt": bench.TEXT}]
     trainer.take_step(chosen, 0)
@@ -313,13 +315,17 @@ def test_what_ends_a_step_between_two_updates_undoes_the_first(end, tiny, tmp_pa
 
     def stopped(*about):
         asked.append(about)
-        if len(asked) == 3:
+        if len(asked) == 3 and end:
             raise end
-        return backward(*about)
+        found = backward(*about)
+        if len(asked) == 3:
+            trainer.model.theta[0].grad[0] = float("nan")
+        return found
 
     monkeypatch.setattr(trainer, "backward_group", stopped)
-    with pytest.raises(end):
-        trainer.take_step(chosen, 1)
+    with pytest.raises(end) if end else contextlib.nullcontext():
+        assert trainer.take_step(chosen, 1)["grad_norm"] is None
+    assert len(asked) == 3
     assert all(torch.equal(*pair) for pair in zip(trainer.model.theta, before[0], strict=True))
     state = trainer.optimizer.state_dict()["state"]
     for i, kept in before[1]["state"].items():

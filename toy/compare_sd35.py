@@ -52,7 +52,7 @@ class Arguments:
         "Search and report, in both worlds: up to six hours on two cores if nothing is kept. Stop "
         "it at any time: what is finished is kept, and the next call goes on.",
     )
-    table: bool = option(False, "Compute nothing: the table and the figure of what is kept.")
+    table: bool = option(False, "Compute nothing: the table and the figure of all that is kept.")
     worlds: list[str] = option(
         ["words", "shapes"], "The worlds to run in.", choices=("words", "shapes")
     )

@@ -240,12 +240,12 @@ def at_conditions(network: nn.Module, c: Tensor) -> Callable[[Tensor, Tensor], T
     return lambda x, t: network(x, t.expand(len(x)), c)
 
 
-def draw(actor: nn.Module, setting: Setting, generator: torch.Generator) -> Rollout:
-    """Groups from the actor, scored, and the extremes of them if no more are wanted."""
+def draw(theta_old: nn.Module, setting: Setting, generator: torch.Generator) -> Rollout:
+    """Groups from theta_old, scored, and the extremes of them if no more are wanted."""
     P, G, world = setting.prompts, setting.group_size, worlds.make(setting.world)
     c = flow2d.sample_conditions(P, generator)
     noise = torch.randn(P * G, world.dims, generator=generator)
-    velocity, steps = at_conditions(actor, c.repeat_interleave(G)), setting.rollout_steps
+    velocity, steps = at_conditions(theta_old, c.repeat_interleave(G)), setting.rollout_steps
     trajectory = times = None
     if setting.sde_noise:
         trajectory, times = sample_sde(velocity, noise, steps, generator, setting.sde_noise)

@@ -57,7 +57,7 @@ class Arguments:
         at_most=1e30,
     )
     clip: float | None = option(
-        None, "PPO-style clip of exp(L_old - L_theta). It needs --ema.", at_least=0
+        None, "PPO-style clip of exp(L_old - L_theta). It needs --ema.", above=0
     )
     ema: float | None = option(
         None, "Decay of theta_old. Without it theta_old is theta.", at_least=0, at_most=1

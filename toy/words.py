@@ -32,6 +32,7 @@ class Arguments(tiny_world.Arguments):
     """A world of written words, and a tiny pipeline that writes them, to be trained by DGPO."""
 
     out: str = tiny_world.folder("words")
+    samples: int = option(96, "Pictures of each task in the table.", at_least=1, at_most=96)
     pretraining: int = option(3000, "Steps of the pretraining.", at_least=1, at_most=10**9)
 
 
