@@ -11,9 +11,15 @@ import dgpo
 C = torch.arange(flow2d.CONDITIONS)
 
 
+def grid(limit=4.0, n=400, dtype=torch.float64):
+    """Midpoints (n * n, 2) of square cells that cover [-limit, limit]^2, and the area of a cell."""
+    edge = (torch.arange(n, dtype=dtype) + 0.5) / n * 2 * limit - limit
+    return torch.cartesian_prod(edge, edge), (2 * limit / n) ** 2
+
+
 @pytest.fixture(scope="module")
 def plane():
-    points, cell = flow2d.grid()
+    points, cell = grid()
     return points[None], cell  # (1, N, 2), broadcast over the conditions
 
 
@@ -77,7 +83,7 @@ def test_at_p_star_the_gap_of_log_ratios_is_the_gap_of_rewards():
 
 
 def test_learned_density_integrates_to_one_and_is_close_to_p_ref(reference):
-    points, cell = flow2d.grid(limit=3.2, n=100, dtype=torch.float32)
+    points, cell = grid(limit=3.2, n=100, dtype=torch.float32)
     for c in range(flow2d.CONDITIONS):
         condition = torch.full((len(points),), c)
         log_learned = flow2d.flow_log_prob(reference, condition, points, steps=20)

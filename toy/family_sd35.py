@@ -312,11 +312,11 @@ def run_setting(world: str, setting: Setting, seed: int, budget: int) -> list[Ev
     validation = validation[: about.prompts]
     watched = [prompt for prompt in validation for _ in range(about.draws)]
     names = [args.reward[0], f"{ROOT}/toy/{world}.py:{about.quality}"]
-    judges = {name: rewards.load(name, trainer.device) for name in names}
+    watched_by = {name: rewards.load(name, trainer.device) for name in names}
 
     def evaluate(cost: int, seconds: float) -> Evaluation:
         images = draw(trainer, watched)
-        scores = (rewards.score(*judge, images, watched).mean() for judge in judges.items())
+        scores = [rewards.score(*each, images, watched).mean() for each in watched_by.items()]
         return Evaluation(cost, round(seconds, 2), *(float(f"{score:.4g}") for score in scores))
 
     def encode_all(prompts: list[dict]) -> None:

@@ -108,14 +108,6 @@ def sample_optimum(c: Tensor, beta: float, generator: torch.Generator) -> Tensor
     return _sample_mixture(log_weights.softmax(-1), means, std, generator)
 
 
-def grid(
-    limit: float = 4.0, n: int = 400, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, float]:
-    """Midpoints (n * n, 2) of square cells that cover [-limit, limit]^2, and the area of a cell."""
-    edge = (torch.arange(n, dtype=dtype) + 0.5) / n * 2 * limit - limit
-    return torch.cartesian_prod(edge, edge), (2 * limit / n) ** 2
-
-
 class VelocityNet(nn.Module):
     """v(x, t, c): an MLP on the point, Fourier features of t, and the condition one-hot."""
 

@@ -144,7 +144,7 @@ def choices(found: dict[Place, dict[str, Report]]) -> list[tuple[str, ...]]:
 
 
 class Tried(NamedTuple):
-    """A setting in the first rung of a search."""
+    """A setting that was tried, and its run."""
 
     name: str  # of the method
     setting: Setting
