@@ -431,6 +431,8 @@ def plain_group(trainer: Trainer, step: int, p: int, x0: Tensor, advantages: Ten
 
 def plain(args: Arguments) -> None:
     """Our group's step against the plain one, and in bf16 against float32."""
+    if args.bound:
+        raise cli.Fault("argument --bound: the plain step knows none; leave it out")
     trainer, *group = prepare(args)
     model, device = trainer.model, trainer.device
     ours = partial(trainer.backward_group, 0, 0, TEXT, *group)
@@ -508,7 +510,10 @@ def changes(args: Arguments) -> None:
 
 def main() -> None:
     work = {"plan": plan, "step": step, "plain": plain, "changes": changes}[read_command()]
-    work(train_sd35.parse_args(sys.argv[2:], Arguments))
+    args = train_sd35.parse_args(sys.argv[2:], Arguments)
+    if args.print_arguments:
+        raise cli.Fault("argument --print_arguments: goes with train_sd35.py")
+    work(args)
 
 
 if __name__ == "__main__":

@@ -52,23 +52,34 @@ def claim_folder(args: Any) -> Path:
     Until its first checkpoint, a folder holds no run. Every process looks, the first one locks.
     Raises Fault if it holds another run, or what is no run's, or if a run is at work in it.
     """
-    out = make_folder(args.output_dir)
-    kept = out / "arguments.json"
+    out, asked = make_folder(args.output_dir), args.resume_from_checkpoint
+    before, found = read_json(out / "arguments.json"), newest_first(out)
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    if others and not kept.exists():
+    if others and "output_dir" not in before:
+        holds = "checkpoints without their arguments.json" if found else f"{others[0]}, and no run"
         raise Fault(
-            f"argument --output_dir: {out} holds {others[0]}, and no run; give a new folder, or an "
-            "empty one"
+            f"argument --output_dir: {out} holds {holds}; give a new folder, or an empty one"
         )
     if is_first_process():
         lock_folder(out)
-    if newest_first(out):
-        if not args.resume_from_checkpoint:
+    if not found and (out / sd35.LORA_FILE).exists():
+        raise Fault(
+            f"argument --output_dir: {out} holds a finished run without its checkpoints, which "
+            "cannot go on; give another folder"
+        )
+    elsewhere = asked and asked != "latest" and Path(asked).is_dir()
+    if found and elsewhere and not Path(asked).absolute().parent.samefile(out):
+        raise Fault(
+            f"argument --resume_from_checkpoint: {asked} is not one of {out}, which holds a run; "
+            "give one of these, or a new --output_dir"
+        )
+    if found:
+        if not asked:
             raise Fault(
                 f"argument --output_dir: {out} holds a run; continue it with "
                 "--resume_from_checkpoint latest, or give another folder"
             )
-        check_changes(args, out, read_json(kept))
+        check_changes(args, out, before)
     return out
 
 

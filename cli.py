@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -71,10 +71,11 @@ def check(args: Any) -> None:
                 raise Fault(f"argument --{field.name}: must be {needed}, got {value}")
 
 
-def parse(arguments: type, argv: list[str]) -> Any:
+def parse(arguments: type, argv: list[str], before: Sequence[str] = ()) -> Any:
     """A command line as a dataclass of options. Raises Fault at the first thing that is wrong.
 
-    --t-min and --t_min are one flag. A bool has two, --x and --no_x. A list takes several values.
+    --t-min and --t_min are one flag. A bool has two, --x and --no_x. A list takes several values
+    after one flag. before: another command line, over which this one wins.
     """
 
     def error(message: str) -> NoReturn:
@@ -99,10 +100,18 @@ def parse(arguments: type, argv: list[str]) -> Any:
         text = f"{about['help']} ({'; '.join(filter(None, notes))})".removesuffix(" ()")
         names = (f"--{field.name}", *about["aliases"])
         parser.add_argument(*names, default=default, help=text.replace("%", "%%"), **extra)
-    names = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in argv]
-    args = arguments(**vars(parser.parse_args([re.sub("^--no_", "--no-", w) for w in names])))
+        flags = [word for word in named(argv) if re.match(f"--{field.name}(=|$)", word)]
+        if many and len(flags) > 1:  # the last would win, without a word
+            raise Fault(f"argument --{field.name}: is there twice; give all after one")
+    words = [re.sub("^--no_", "--no-", word) for word in named([*before, *argv])]
+    args = arguments(**vars(parser.parse_args(words)))
     check(args)
     return args
+
+
+def named(argv: list[str]) -> list[str]:
+    """The words of a command line, its flags by the names that fields have."""
+    return [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in argv]
 
 
 def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:
@@ -125,6 +134,11 @@ def first_line(error: BaseException) -> str:
         lines = []
     # "Error(s) in loading state_dict for CLIPModel:" says nothing yet.
     line = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
+    return printable(line)
+
+
+def printable(line: str) -> str:
+    """Cut where it is very long, and with a mark for each sign that is none, as a line's end."""
     line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     return "".join(c if c.isprintable() else "?" for c in line)
 
@@ -294,8 +308,8 @@ def signal_check() -> Callable[[], None]:
 def verdict(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the line for what ends a script. None for a bug of ours."""
     line = first_line(error)
-    if isinstance(error, Fault):
-        return 2, line
+    if isinstance(error, Fault):  # of a sentence of ours, all, whatever names it has
+        return 2, printable(str(error))
     if isinstance(error, Stopped | KeyboardInterrupt):
         return 130, line if str(error) else "stopped"
     if isinstance(error, BrokenPipeError):
@@ -304,9 +318,12 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         return 2, f"cannot write ({line}); make room"
     if isinstance(error, OSError) and error.errno in REFUSED:
         return 2, f"the system refuses ({line}); mend that, or raise its limit (ulimit -a)"
-    full = "of memory|ate memory|ALLOC_FAILED"  # torch's words for a GPU and a CPU
-    if isinstance(error, MemoryError | RuntimeError) and re.search(full, line):
+    full = "of memory|ate memory|ALLOC_FAILED|map segment"  # torch's words, and the loader's
+    may_be = isinstance(error, RuntimeError | ImportError) and re.search(full, line)
+    if isinstance(error, MemoryError) or may_be:
         return 2, f"out of memory ({line}); ask for less"
+    if isinstance(error, OSError) and "path too long" in line:
+        return 2, f"{line}; set TMPDIR to a folder with a shorter name"
     if isinstance(error, Warning):
         return 2, f"{line}; this is a warning: leave -W error and PYTHONWARNINGS out"
     if isinstance(error, ImportError):  # a package is missing, too old, or broken

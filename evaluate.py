@@ -13,6 +13,7 @@ them; each time is from noise of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -103,7 +104,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     trained = read_json(run_file(args.lora))
     line = [f"--{name}={trained[name]}" for name in OF_THE_RUN if name in trained]
     try:
-        args = parse(Arguments, [*line, *argv])  # what comes last wins
+        args = parse(Arguments, argv, line)
     except Fault as fault:
         raise Fault(f"cannot use {run_file(args.lora)} ({fault}); mend or delete it") from None
     if args.resolution % 16:
@@ -274,9 +275,15 @@ def draw(args: Arguments, device: torch.device, asked: Asked) -> None:
 
 
 def score_name(args: Arguments, path: Path, metric: str) -> str:
-    """What a picture's score is kept under. A metric with other weights is another metric."""
-    model = cli.pairs(args.reward_model).get(metric)
+    """What a picture's score is kept under. A metric of other weights, or code, is another one."""
+    model = cli.pairs(args.reward_model).get(metric) or content(metric.rpartition(":")[0])
     return f"{path.parent.name} {path.stem} {metric}" + (f"={model}" if model else "")
+
+
+@functools.cache
+def content(file: str) -> str:
+    """What tells the code of a metric of one's own from what it was; nothing for others."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8] if file.endswith(".py") else ""
 
 
 def score(args: Arguments, device: torch.device, asked: Asked, known: Scores) -> Scores:

@@ -254,7 +254,7 @@ class Arguments:
         "geneval", "What to write; it may stand first, without --kind.", choices=("geneval", "text")
     )
     n: int = option(1000, "How many prompts to write.", at_least=1, at_most=1_000_000)
-    seed: int = option(0, "Another seed gives other prompts.", at_least=0)
+    seed: int = option(0, "Another seed gives other prompts.", at_least=0, at_most=2**63 - 1)
     split: str = option("train", "Which phrases the texts quote.", choices=("train", "test"))
     out: str = option("", "The new file, .jsonl for geneval and .txt for text.")
 
@@ -265,10 +265,14 @@ def parse_args(argv: list[str]) -> Arguments:
     args = parse(Arguments, ["--kind", *argv] if named else argv)
     if args.kind == "geneval" and args.split != "train":
         raise Fault(f"argument --split: is of text alone, got {args.split} for geneval")
-    if os.path.lexists(args.out):
-        raise Fault(f"argument --out: {args.out} is there already; give another name or delete it")
+    check_new(args.out)
     make_place(args.out, "out", (".jsonl" if args.kind == "geneval" else ".txt",))
     return args
+
+
+def check_new(out: str) -> None:
+    if os.path.lexists(out):
+        raise Fault(f"argument --out: {out} is there already; give another name or delete it")
 
 
 def main() -> None:
@@ -280,7 +284,9 @@ def main() -> None:
             lines = text_prompts(args.n, args.split, args.seed)
     except ValueError as error:
         raise Fault(f"argument --n: {error}") from None
-    replace_file(Path(args.out), lambda new: new.write_bytes("\n".join([*lines, ""]).encode()))
+    content = "\n".join([*lines, ""]).encode()
+    # Another may have made one meanwhile.
+    replace_file(Path(args.out), lambda new: new.write_bytes(content) and check_new(args.out))
     sys.stderr.write(f"wrote {args.n} prompts to {args.out}\n")
 
 

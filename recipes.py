@@ -197,6 +197,7 @@ class Arguments:
         "its U updates are one step in metrics.jsonl and for all that counts steps; theta_old and "
         "the saved average follow after the last of them. Not in the paper.",
         at_least=1,
+        at_most=10_000,
     )
 
     rank: int = option(64, "Rank of the LoRA.", at_least=1)
@@ -206,7 +207,7 @@ class Arguments:
         "constant", "A cosine falls to 0 at --max_train_steps.", choices=["constant", "cosine"]
     )
     lr_warmup_steps: int = option(0, "Steps in which the learning rate rises from 0.", at_least=0)
-    adam_weight_decay: float = option(1e-4, "AdamW's weight decay.", at_least=0)
+    adam_weight_decay: float = option(1e-4, "AdamW's weight decay.", at_least=0, at_most=1000)
     max_grad_norm: float = option(1.0, "Norm that a step's gradient is clipped to.", above=0)
     ema_decay: float = option(
         0.9, "Decay of the saved average after its warm-up.", at_least=0, at_most=1

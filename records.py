@@ -1,6 +1,7 @@
 """What a person reads of a run of train_sd35.py: metrics, curves, pictures, and the model card.
 
-metrics.jsonl has a line a step. Means are over the step's groups, null where there is none.
+metrics.jsonl has a line a step. Means are over the step's groups, null where there is none, or
+where it is not finite.
 
     reward, reward_std    mean, and std in a group, of the weighted sum of the rewards. It should
                           rise; where the std nears 0, groups teach nothing any more
@@ -55,6 +56,7 @@ import sd35
 from cli import Fault, first_line, replace_file
 
 matplotlib.use("agg")
+matplotlib.rcdefaults()  # whatever a matplotlibrc says
 
 
 @contextlib.contextmanager
@@ -129,7 +131,8 @@ def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | No
 
 def add_line(path: Path, metrics: dict[str, Any]) -> None:
     """Writes a step's metrics, the whole line or nothing. Raises Fault, as on a full disk."""
-    line = (json.dumps(metrics) + "\n").encode()
+    finite = {k: x if x is None or math.isfinite(x) else None for k, x in metrics.items()}
+    line = (json.dumps(finite) + "\n").encode()
     with writing(path), path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:

@@ -30,6 +30,7 @@ from diffusers import DPMSolverMultistepScheduler as DPMSolver
 from diffusers import FlowMatchEulerDiscreteScheduler as Euler
 from diffusers.training_utils import cast_training_params, offload_models
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -78,9 +79,13 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
     except Fault:
         raise
     except Exception as error:  # whatever the libraries make of other files
-        hub = f"accept its licence at https://huggingface.co/{model} and do `hf auth login`"
-        hint = f"{'mend it' if local else hub}, or give a folder as save_pretrained writes it"
-        said = first_line(error)
+        cause = error.__cause__ or error
+        hint, said = "mend it", first_line(error if local else cause)
+        if not local:
+            hint = "without a connection, bring the hub's cache here and set HF_HUB_OFFLINE=1"
+        if isinstance(cause, HfHubHTTPError):
+            hint = f"accept its licence at https://huggingface.co/{model} and do `hf auth login`"
+        hint += ", or give a folder as save_pretrained writes it"
         if "ignore_mismatched_sizes" in said:  # transformers has logged what it is about
             said = "a text encoder's weights have not the shapes that its config says"
         raise Fault(f"cannot load {model} ({said}); {hint}") from None

@@ -66,6 +66,15 @@ def parse_args(argv: list[str] | None = None, arguments: type = Arguments) -> An
         args.mixed_precision = args.mixed_precision or ("bf16" if bf16 else "no")
     if args.mixed_precision == "bf16" and cuda and not bf16:
         raise Fault("argument --mixed_precision: this GPU has no bf16; give no")
+    scheduler = sd35.make_scheduler(args.sampler, args.flow_shift)
+    for flag in ("num_inference_steps", "eval_inference_steps"):
+        steps = getattr(args, flag)
+        different = len(sd35.rollout_times(scheduler, steps).unique())
+        if different < steps and args.sampler == "dpm++":  # which asks for each time by its name
+            raise Fault(
+                f"argument --{flag}: at --flow_shift {args.flow_shift:g}, only {different} of "
+                f"{steps} times are different; give fewer steps, or --sampler euler"
+            )
     above = len(trained_times(args))
     if above < args.train_timesteps:
         raise Fault(
@@ -92,6 +101,8 @@ def check_inputs(args: Arguments) -> None:
         flag = "reward"
         rewards.parse_all(args.reward)
         flag = "eval_reward"
+        for name in rewards.parse_all(args.eval_reward).keys() & rewards.parse_all(args.reward):
+            raise ValueError(f"{name} is trained on, and so it is watched; leave it out here")
         used = rewards.parse_all(args.reward + args.eval_reward)  # what is trained on is watched
         for spec in args.eval_reward:
             if spec not in used:
@@ -429,8 +440,14 @@ class Trainer:
         """
         with self.model.saved_average():
             now = self.render(prompts)
-        shown = {**self.trained_on, **watched}
-        return records.validate(self.picture, prompts, base, now, shown, self.device)
+        about = (self.picture, prompts, base, now, {**self.trained_on, **watched}, self.device)
+        worker = futures.ThreadPoolExecutor(1, "validation")
+        try:
+            done = worker.submit(records.validate, *about)
+            self.wait([done])
+            return done.result()
+        finally:
+            worker.shutdown(wait=False)
 
 
 # The run
@@ -558,10 +575,10 @@ def train(args: Arguments) -> None:
     fits = (args.resolution, args.rank)
     pipe = sd35.load_pipeline(args.pretrained_model_name_or_path, precision(args), fits)
     encode = sd35.Encoder(pipe, args.max_sequence_length, accelerator.device)
-    trainer = build(args, accelerator, pipe)
-    model = trainer.model
-    trainer.trained_on = load_rewards(args, accelerator.device, "reward")
+    trained_on = load_rewards(args, accelerator.device, "reward")
     watched = load_rewards(args, accelerator.device, "eval_reward")
+    trainer = build(args, accelerator, pipe)  # from here on, a signal ends a step first
+    trainer.trained_on, model = trained_on, trainer.model
     if state:
         trainer.done, trainer.bad_steps = checkpoints.resume(state, model, trainer.optimizer)
     if main:
@@ -609,8 +626,9 @@ def train(args: Arguments) -> None:
                 records.plot_curves(metrics_file, out / "curves.png")
             gate = "-" if metrics["gate"] is None else f"{metrics['gate']:.3f}"
             progress.set_postfix(reward=f"{metrics['reward']:.4g}", gate=gate)
-            if trainer.bad_steps == 5:
-                raise Fault("five steps in a row had no finite gradient; lower --learning_rate")
+            n = trainer.bad_steps
+            if n == 5 or (last and n == trainer.done):
+                raise Fault(f"the last {n} steps had no finite gradient; lower --learning_rate")
             if trainer.done % args.checkpointing_steps == 0 or last:
                 trainer.save()
     except (Fault, Stopped, torch.OutOfMemoryError) as end:

@@ -192,7 +192,7 @@ def load(
             found = f"is a {type(reward).__name__}" if hasattr(module, function) else "is not there"
             raise RewardError(f"{function} {found}, and must be callable with images and prompts")
         try:
-            inspect.signature(reward).bind([], [])
+            inspect.signature(reward, follow_wrapped=False).bind([], [])
         except TypeError as error:
             raise RewardError(f"cannot be called with images and prompts ({error})") from None
         except ValueError:
@@ -244,20 +244,37 @@ def hub_answers() -> bool:
     return True
 
 
+def modules_of_this_project(hidden_by: Path) -> dict[str, ModuleType]:
+    """Those that are loaded, and have the name of a file in another folder."""
+    project = Path(__file__).parents[1]
+    return {
+        name: module
+        for name, module in sys.modules.items()
+        if Path(getattr(module, "__file__", None) or "").parent == project != hidden_by
+        and (hidden_by / f"{name}.py").is_file()
+    }
+
+
 def run(place: str) -> ModuleType:
     """The module of a file of one's own, run once in a process.
 
-    It is known to Python under a name that no import has, because dataclasses and pickles look
-    their module up by name. What lies beside the file can be imported: while it runs, before
-    anything else of that name, and later, from inside its functions, after everything else.
+    Dataclasses, pickles and new processes look it up by name: the file's, by which it can be
+    imported, or where that is another's, one that no import has. What lies beside the file can be
+    imported: while it runs, before anything else of that name, and later, from inside its
+    functions, after everything else.
     """
     path = Path(place).resolve()
-    name = f"reward_{path.as_posix().replace('.', '_')}"
-    if name in sys.modules:
-        return sys.modules[name]
+    names = [path.stem, f"reward_{path.as_posix().replace('.', '_')}"]
+    for name in names:
+        if getattr(sys.modules.get(name), "__file__", None) == str(path):
+            return sys.modules[name]
+    free = path.stem.isidentifier() and path.stem not in sys.modules
+    name = names[0 if free and not importlib.util.find_spec(path.stem) else 1]
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    beside = str(path.parent)
+    beside, ours = str(path.parent), modules_of_this_project(hidden_by=path.parent)
+    for hidden in ours:
+        del sys.modules[hidden]
     sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
@@ -265,6 +282,7 @@ def run(place: str) -> ModuleType:
         del sys.modules[name]
         raise
     finally:
+        sys.modules.update(ours)
         if beside in sys.path:
             sys.path.remove(beside)
         if beside not in sys.path:

@@ -224,6 +224,40 @@ def test_a_folder_with_files_of_another_is_refused(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+OTHERS = {  # what a folder holds, what is resumed, and the line
+    ("arguments.json", "README.md"): (None, "holds README.md, and no run; give a new folder"),
+    ("checkpoint-3/", "README.md"): ("latest", "holds checkpoints without their arguments.json"),
+    ("run's", sd35.LORA_FILE): ("latest", "holds a finished run without its checkpoints"),
+    ("run's", "checkpoint-3/"): (
+        "{}/other/checkpoint-3",
+        "is not one of .*/run, which holds a run",
+    ),
+}
+
+
+@pytest.mark.parametrize("names", OTHERS, ids=range(len(OTHERS)))
+def test_what_is_not_this_runs_own_is_refused_and_kept(names, tmp_path):
+    asked, line = OTHERS[names]
+    out = tmp_path / "run"
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    args = SimpleNamespace(output_dir=str(out), resume_from_checkpoint=asked)
+    args.resume_from_checkpoint = asked and asked.format(tmp_path)
+    out.mkdir()
+    for name in names:
+        if name == "run's":
+            (out / "arguments.json").write_text(json.dumps(vars(args)))
+        elif name.endswith("/"):
+            (out / name).mkdir()
+        else:
+            (out / name).write_text('{"foo": 1}')
+    before = {path: path.is_file() and path.read_text() for path in out.iterdir()}
+    with pytest.raises(Fault, match=line):
+        checkpoints.claim_folder(args)
+    after = {path: path.is_file() and path.read_text() for path in out.iterdir()}
+    after.pop(out / ".lock", None)
+    assert after == before
+
+
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
     """The lock is a process's: another is refused until this one ends, be it that it is killed."""
     args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)

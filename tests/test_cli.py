@@ -58,6 +58,7 @@ BAD = {
     "--rate inf": "argument --rate: must be a finite number, got inf",
     "--rate much": "argument --rate: invalid float value: 'much'",
     "--name c": "argument --name/--alias: invalid choice: 'c'",
+    "--words a --words b": "argument --words: is there twice; give all after one",
     "--nam b": "unrecognized arguments: --nam b; see --help",
     "--t_min": "argument --t_min: expected one argument",
 }
@@ -144,7 +145,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 ENDS = [
-    (Fault("what is wrong\nand more"), 2, "x.py: what is wrong\n"),
+    (Fault("what is\nwrong"), 2, "x.py: what is?wrong\n"),
+    (MemoryError(), 2, "x.py: out of memory (MemoryError); ask for less\n"),
+    (ImportError("lib.so: failed to map segment"), 2, "x.py: out of memory (lib.so: "),
+    (OSError("AF_UNIX path too long"), 2, "path too long; set TMPDIR to a folder with a shorter"),
     (Fault("a\x1b" + "b" * 10_000 + "c"), 2, f"x.py: a?{'b' * 298} ... {'b' * 299}c\n"),
     (cli.Stopped("saved; go on"), 130, "x.py: saved; go on\n"),
     (cli.Stopped(), 130, "x.py: stopped\n"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -309,6 +310,7 @@ RUN = {"arrived": None, "budget": 9.0, "seconds": 1.0, "evaluations": [[0, 0.5, 
                 {"evaluations": [[0, "0.5", 0.5, 0.5, 0.5]]},
                 {"evaluations": [[0, 0.5]]},
                 {"seconds": "long"},
+                {"seconds": math.inf},
                 {"colour": "red"},
             )
         ],

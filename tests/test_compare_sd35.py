@@ -574,8 +574,11 @@ def test_faults_are_one_line(tmp_path, monkeypatch):
         assert "damaged" in fault(runs={"a": run})
     assert "damaged" in fault(pipelines=[7])
     assert "damaged" in fault(runs={"a": {"budget": math.nan, "evaluations": [[0, 0.0, 0.5, 0]]}})
-    for rows in ([], [[0, 0.0, 0.5]], 7):
+    for rows in ([], [[0, 0.0, 0.5]], 7, [[0, 0.0, 0.5, 0.0]] * 2):
         assert "damaged" in fault(runs={"a": {"budget": 1, "evaluations": rows}})
+    assert "damaged" in fault(runs={"a": {"budget": -1, "evaluations": [[0, 0.0, 0.5, 0.0]]}})
+    with pytest.raises(cli.Fault, match="argument --worlds: goes without --table"):
+        compare_sd35.parse_args(["--table", "--worlds", "words", "--out", str(tmp_path)])
     kept.write_text("half of")
     with pytest.raises(cli.Fault, match="cannot read"):
         Results(tmp_path).run("shapes", {}, 0, 1000)

@@ -315,7 +315,7 @@ BAD = {
     "text --n 0 --out a.txt": "argument --n: must be at least 1 and at most 1000000, got 0",
     "text --n 9999999 --out a.txt": "argument --n: must be at least 1 and at most 1000000, got 99",
     "text --n 999999 --out {}/a.txt": "different prompts, asked for 999999",
-    "text --seed -1 --out a.txt": "argument --seed: must be at least 0, got -1",
+    "text --seed -1 --out a.txt": "argument --seed: must be at least 0 and at most 92233720",
     "geneval --split test --out a.jsonl": "argument --split: is of text alone, got test for gene",
     "poems --n 3 --out a.txt": "invalid choice: 'poems'",
     "text --n 3 --out /dev/null/a.txt": "argument --out: cannot write to '/dev/null' (",

@@ -3,6 +3,7 @@
 import builtins
 import copy
 import gc
+import importlib
 import io
 import json
 import os
@@ -357,6 +358,35 @@ def test_a_stream_that_a_reward_closes_is_one_that_nobody_reads(images, monkeypa
     rewards.score("mine", lambda *_: sys.stdout.close() or [1] * 3, images, PROMPTS)
     assert not sys.stdout.closed
     print("this is no error")
+
+
+PER_IMAGE = """
+import functools
+def per_image(score):
+    @functools.wraps(score)
+    def all_of_them(images, prompts): return [score(image) for image in images]
+    return all_of_them
+@per_image
+def f(image): return image.mean()
+"""
+SPAWNS = """
+import multiprocessing
+def mean(values): return sum(values) / len(values)
+def f(images, prompts):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(mean, images.flatten(1).tolist())
+"""
+BESIDE = "import prompts\ndef f(images, _): return images.mean((1, 2, 3)) * prompts.ONE"
+
+
+@pytest.mark.parametrize("source", [PER_IMAGE, SPAWNS, BESIDE], ids=["wraps", "spawn", "beside"])
+def test_what_people_write(source, own, images, tmp_path):
+    """A decorator for one image, a pool, and a module that has the name of one of this project."""
+    name, project = own(source), importlib.import_module("prompts")
+    (tmp_path / "own" / "prompts.py").write_text("ONE = 1")
+    found = rewards.score(name, rewards.load(name, "cpu"), images, PROMPTS)
+    assert torch.allclose(found, images.mean((1, 2, 3)), atol=1e-5)
+    assert sys.modules["prompts"] is project
 
 
 def test_a_reward_has_images_and_prompts_of_its_own(images):

@@ -129,7 +129,7 @@ BAD_FLAGS = {
     "--rollout-steps 0": "argument --rollout_steps: must be at least 1 and at most 1000, got 0",
     "--train-timesteps 0": "argument --train_timesteps: must be at least 1 and at most 1000, got 0",
     "--kl -0.1": "argument --kl: must be at least 0 and at most 1e+30, got -0.1",
-    "--clip -1 --ema 0.9": "argument --clip: must be at least 0, got -1.0",
+    "--clip 0 --ema 0.9": "argument --clip: must be above 0, got 0.0",
     "--clip 0.1": "argument --clip: compares theta with theta_old, which differ only with --ema",
     "--ema 1.5": "argument --ema: must be at least 0 and at most 1, got 1.5",
     "--seed -1": f"argument --seed: must be at least 0 and below {2**63}, got -1",

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import shapes
 import torch
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 import checkpoints
@@ -118,6 +120,28 @@ def test_a_lora_is_saved_as_the_average_and_loads_in_diffusers(tiny_model, point
     assert "\n" not in str(fault.value)
     with pytest.raises(Fault, match="does not fit the model"):
         sd35.load_lora(pipe, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (
+            GatedRepoError,
+            "accept its licence at https://huggingface.co/a/b and do `hf auth login`, or",
+        ),
+        (ConnectionError, "[(]no answer[)]; without a connection, bring the hub's cache here and"),
+    ],
+)
+def test_a_model_of_the_hub_that_does_not_come_says_what_to_do(kind, advice, monkeypatch):
+    def download(name):
+        cause = ConnectionError("no answer")
+        if kind is GatedRepoError:
+            cause = kind("gated", response=SimpleNamespace(headers={}, request=None))
+        raise OSError("look at the stack trace above") from cause
+
+    monkeypatch.setattr(sd35.StableDiffusion3Pipeline, "download", download)
+    with pytest.raises(Fault, match=advice):
+        sd35.load_pipeline("a/b", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["{}/nowhere", "./nowhere", "../nowhere", "~/nowhere", "nowhere"])

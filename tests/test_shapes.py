@@ -190,6 +190,14 @@ def test_a_damaged_pipeline_is_one_line(damage, name, line, pipe, tmp_path, monk
     assert end.value.code == 2 and line in said and said.count("\n") == 1
 
 
+def test_a_pipeline_of_another_world_is_kept(pipe, tmp_path):
+    tiny_world.save(pipe, tmp_path, {"prompts": [], "held_out": []})
+    args = tiny_world.read_arguments(shapes.Arguments, ["--out", str(tmp_path)], "toy/words.py")
+    rest = dict.fromkeys(("build", "pretrain", "files", "shown", "title", "columns", "right"))
+    with pytest.raises(cli.Fault, match="another world: it draws pictures of 16 pixels, and not"):
+        tiny_world.run(args, side=64, **rest)
+
+
 def test_a_lora_of_another_world_is_told_by_its_run(tmp_path):
     (tmp_path / "arguments.json").write_text('{"resolution": 64}')
     rest = dict.fromkeys(("build", "pretrain", "files", "shown", "title", "columns", "right"))
@@ -223,17 +231,22 @@ def test_a_pipeline_is_replaced_whole_or_not_at_all(pipe, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("names", [("base",), ("a/x", "b/x")])
-def test_every_row_has_its_own_name(names, tmp_path):
+def test_every_row_has_its_own_name(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / tiny_world.WEIGHTS).touch()
+    with pytest.raises(cli.Fault, match="--out: .* holds no pipeline"):
+        args = shapes.read_arguments(["--lora", ".", "--out", "none"])
+        assert args.lora == [str(tmp_path)]
     with pytest.raises(cli.Fault, match="argument --lora: two rows would be called (base|x); ren"):
         shapes.read_arguments(["--lora", *(str(tmp_path / name) for name in names)])
 
 
-@pytest.mark.parametrize("names", [["prompts.jsonl"], ["model_index.json", "vae"], ["notes.txt"]])
+@pytest.mark.parametrize("names", [["prompts.jsonl"], ["transformer", "vae"], ["notes.txt"]])
 def test_a_world_writes_into_no_folder_of_others(tmp_path, names):
     for name in names:
         (tmp_path / name).write_text("of somebody else")
     with pytest.raises(cli.Fault, match=f"{names[0]}, and no pipeline of a toy; give a new folder"):
         shapes.read_arguments(["--out", str(tmp_path)])
-    for name in (*tiny_world.OWN, *tiny_world.BEFORE, "base.png"):
+    for name in (*tiny_world.OWN, "transformer", "base.png"):
         (tmp_path / name).write_text("an earlier pipeline's")
     shapes.read_arguments(["--out", str(tmp_path)])

@@ -1,5 +1,6 @@
 """The trainer's arguments and its runs, on a tiny untrained pipeline of SD3.5's classes."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +129,11 @@ BAD = {
     "--max_sequence_length 513": "must be at least 1 and at most 512, got 513",
     "--reward compressibility compressibility=2": "compressibility is there twice; give it once",
     "--eval_reward compressibility compressibility": "compressibility is there twice",
+    "--eval_reward pickscore": "pickscore is trained on, and so it is watched; leave it out here",
+    "--reward ocr --reward pickscore": "argument --reward: is there twice; give all after one",
+    "--num_inference_steps 1000": "only 732 of 1000 times are different; give fewer steps",
+    "--flow_shift 100 --t_min 0": "--eval_inference_steps: at --flow_shift 100, only 13 of 14",
+    f"--updates_per_rollout 1{'0' * 9}": "must be at least 1 and at most 10000, got 1",
     "--eval_reward compressibility=2": "what is only watched has no weight, got compress",
     "--reward_model ocr=x": "argument --reward_model: ocr is not among the rewards: pickscore",
     "--push_to_hub": "argument --push_to_hub: needs a token; do `hf auth login`, or set HF_TOKEN",
@@ -511,13 +519,33 @@ def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp
     build = train_sd35.build
     monkeypatch.setattr(train_sd35, "build", lambda *a: before.append(build(*a)) or before[0])
     monkeypatch.setattr(train_sd35.dgpo, "backward_group_loss", broken)
-    with pytest.raises(cli.Fault, match="five steps in a row"):
+    with pytest.raises(cli.Fault, match="the last 5 steps had no finite gradient"):
         run(tiny, tmp_path / "run", max_train_steps=9)
     lines = metrics(tmp_path / "run")
     assert [line["grad_norm"] for line in lines] == [None] * 5
     state = checkpoints.load(tmp_path / "run" / "checkpoint-5")
     assert all(torch.equal(*pair) for pair in zip(state["parameters"], state["ema"], strict=True))
     assert state["bad_steps"] == 5 and not state["optimizer"]["state"]
+    with pytest.raises(cli.Fault, match="the last 2 steps had no finite gradient"):  # and no other
+        before.clear()
+        run(tiny, tmp_path / "short", max_train_steps=2)
+
+
+def test_a_reward_that_only_watches_does_not_keep_a_run_from_its_end(tmp_path, monkeypatch):
+    def stop():
+        raise cli.Stopped
+
+    asleep = threading.Event()
+    monkeypatch.setattr(train_sd35.records, "validate", lambda *_: asleep.wait(60))
+    model = SimpleNamespace(saved_average=contextlib.nullcontext, between_passes=stop)
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    trainer = train_sd35.Trainer(args, SimpleNamespace(device="cpu"), model, None, None)
+    monkeypatch.setattr(trainer, "render", lambda prompts: None)
+    begun = time.monotonic()
+    with pytest.raises(cli.Stopped):
+        trainer.validate([], None, {})
+    asleep.set()
+    assert time.monotonic() - begun < 30
 
 
 def test_pictures_that_are_not_finite_are_no_rewards_fault(tiny, tmp_path, monkeypatch):

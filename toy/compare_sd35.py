@@ -64,6 +64,8 @@ class Arguments:
 def parse_args(argv: list[str] | None = None) -> Arguments:
     args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
     args.worlds = list(dict.fromkeys(args.worlds))
+    if args.table and args.worlds != Arguments().worlds:
+        raise Fault("argument --worlds: goes without --table, which has them all")
     page = cli.make_folder(args.out, "out") / "sd35.md"
     if args.full or args.table:
         cli.check_own(page, TITLE, "out")
@@ -233,6 +235,9 @@ def is_whole(kept: dict) -> bool:
     try:
         for run in kept["runs"].values():
             first, *rows = [Evaluation(*row) for row in run["evaluations"]]
+            costs = [row.cost for row in (first, *rows)]
+            if run["budget"] <= 0 or costs != sorted(set(costs)):
+                return False
             if not math.isfinite(sum(map(sum, rows), run["budget"] + sum(first))):
                 return False
         return isinstance(kept["pipelines"], list) and all(map(str.isalnum, kept["pipelines"]))
@@ -444,7 +449,9 @@ def side_by_side(results: Results, calls: list[Callable[[], Any]]) -> list[Any]:
     """
     with ThreadPoolExecutor(cli.cores()) as threads:
         try:
-            return [done.result() for done in [threads.submit(call) for call in calls]]
+            found = [done.result() for done in [threads.submit(call) for call in calls]]
+            results.pool.shutdown()
+            return found
         except BaseException as end:
             threads.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():

@@ -18,6 +18,8 @@ from torch import Tensor
 import cli
 import dgpo
 
+plt.rcdefaults()  # whatever a matplotlibrc says
+
 STYLES = {  # colour, line, marker: distinct to the colour-blind and in grey
     "DGPO": ("#0b3c6f", "-", "o"),
     "DGPO with dials": ("#56b4e9", "-", "*"),

@@ -137,7 +137,9 @@ def as_run(kept: dict) -> Run:
     """A run as it was before it was kept. Raises TypeError, or a LookupError, if it is none."""
     rows = [Evaluation(*row) for row in kept["evaluations"]]
     run = Run(**kept | {"evaluations": rows})
-    sum(map(sum, rows), run.restricted() + run.budget + run.seconds + rows[0].cost)  # numbers all
+    sum(map(sum, rows), rows[0].cost)  # numbers all; a measurement that blew up may be NaN
+    if not math.isfinite(run.restricted() + run.budget + run.seconds):
+        raise ValueError("a cost is not finite")
     return run
 
 

@@ -25,6 +25,18 @@ BEST = 0.0  # the reward at the target itself
 
 Stage = tuple[int, Tensor]  # iteration, samples (CONDITIONS, SAMPLES, 2)
 
+plt.rcdefaults()  # whatever a matplotlibrc says
+
+
+def has_windows() -> bool:
+    """Whether matplotlib can open a window here."""
+    try:
+        figure = plt.figure()
+    except Exception:  # each kind of window has its own errors
+        return False
+    plt.close(figure)
+    return figure.canvas.required_interactive_framework is not None
+
 
 def draw(model: nn.Module, seed: int) -> Tensor:
     """SAMPLES points of the model for each condition, from the same noise every time: (C, N, 2)."""

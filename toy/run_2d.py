@@ -100,7 +100,7 @@ def main() -> None:
 
     import dgpo
 
-    if args.show and plt.get_backend().lower() == "agg":
+    if args.show and not report_2d.has_windows():
         raise Fault("argument --show: no window can be opened here; the GIF shows the same")
     torch.set_num_threads(1)  # matrices this small gain nothing from a second core
     torch.manual_seed(args.seed)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # a LoRA's file in a run's folder
 OWN = {"model_index.json", "prompts.jsonl", "held_out.jsonl"}  # what it has written in the end
-BEFORE = {"scheduler", "transformer", "vae"}  # what there is of a pipeline until then
-BEFORE |= {f"{kind}{i}" for kind in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
 # How pictures are drawn for the table: guidance scale and steps. The first is that of the training.
 CONDITIONS = {"": (1.0, 10), ", guidance 2": (2.0, 10), ", 28 steps": (1.0, 28)}
 
@@ -57,6 +55,7 @@ def folder(world: str) -> str:
 def read_arguments(arguments: type, argv: list[str] | None, script: str) -> Arguments:
     """The command line. Raises Fault, also for what is not there or cannot be written to."""
     args = cli.parse(arguments, sys.argv[1:] if argv is None else argv)
+    args.lora = [os.path.abspath(lora) for lora in args.lora]  # which ends in a name
     names = ["base", *(Path(lora).name for lora in args.lora)]
     for name in names:
         if names.count(name) > 1:
@@ -70,8 +69,8 @@ def read_arguments(arguments: type, argv: list[str] | None, script: str) -> Argu
         raise Fault(f"argument --out: {args.out} holds no pipeline; run {script} first")
     cli.make_folder(args.out, "out")
     there = {path.name for path in Path(args.out).iterdir() if path.name[0] != "."}
-    if not (args.lora or there >= OWN or there <= BEFORE):
-        where = f"argument --out: {args.out} holds {min(there - BEFORE)}, and no pipeline of a toy"
+    if there and not (args.lora or there >= OWN):
+        where = f"argument --out: {args.out} holds {min(there)}, and no pipeline of a toy"
         raise Fault(f"{where}; give a new folder, or an empty one")
     cli.make_place(str(Path(args.out) / "base.png"), "out", cli.FIGURES)
     if args.figure is not None:
@@ -105,7 +104,9 @@ def save(pipe: StableDiffusion3Pipeline, out: Path, files: dict[str, list[dict]]
             text = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
             (aside / f"{name}.jsonl").write_text(text, "utf-8")
         for path in sorted(aside.iterdir(), key=Path.is_file):  # model_index.json after the parts
-            if path.is_dir():
+            if (out / path.name).is_symlink():
+                (out / path.name).unlink()
+            elif path.is_dir():
                 shutil.rmtree(out / path.name, ignore_errors=True)
             os.replace(path, out / path.name)
     except Exception as error:  # whatever diffusers makes of a disk that is full
@@ -138,6 +139,11 @@ def run(
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of parts not used here
     os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
+    config = cli.read_json(Path(args.out) / "transformer" / "config.json")
+    pixels = 2 * config.get("sample_size", side // 2)
+    if pixels != side:
+        found = f"it draws pictures of {pixels} pixels, and not of {side}"
+        raise Fault(f"argument --out: {args.out} is of another world: {found}; leave --out out")
     for lora in args.lora:  # a run's folder says for what pictures it is, and its weights do not
         folder = Path(lora).absolute()
         of_run = folder.parent if folder.name.startswith("checkpoint-") else folder
@@ -158,10 +164,6 @@ def run(
     out, loras = Path(args.out), [Path(lora) for lora in args.lora]
     if loras:
         pipe = sd35.load_pipeline(str(out.absolute()), torch.float32)
-        pixels = 2 * pipe.transformer.config.sample_size
-        if pixels != side:
-            found = f"it draws pictures of {pixels} pixels, and not of {side}"
-            raise Fault(f"argument --out: {out} is of another world: {found}; leave --out out")
         for lora in loras:
             check_lora(lora / WEIGHTS, pipe.transformer)
     else:
@@ -231,6 +233,7 @@ def plot(
     import torch
 
     plt.switch_backend("agg")
+    plt.rcdefaults()  # whatever a matplotlibrc says
     heights = [0.4 + 7.2 * len(sheet) / sheet.shape[1] for sheet in sheets.values()]  # inches
     heights += [2.9] if rewards else []
     figure, axes = plt.subplots(
