@@ -267,6 +267,43 @@ def ends() -> list[int]:
     return [signal.SIGTERM] if nohup else [signal.SIGTERM, hangup]
 
 
+def interrupt(*_: Any) -> NoReturn:
+    """Handles a signal as Python does SIGINT, and can be told from a raise by code of others."""
+    raise KeyboardInterrupt
+
+
+def is_signal(error: BaseException) -> bool:
+    """Whether it came by a signal: here, or where a script does without `run`, perhaps."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    if any((call.filename, call.name) == (__file__, "interrupt") for call in last):
+        return True
+    main = threading.current_thread() is threading.main_thread()
+    return main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def free_children() -> None:
+    """A process that this one forks has no handlers of it, from its first moment on.
+
+    Pools end theirs by SIGTERM, ever so young.
+    """
+    numbers = (signal.SIGINT, *ends())
+
+    def hold() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def let_go() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def forget() -> None:
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        let_go()
+
+    if hasattr(os, "fork"):
+        os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
+
+
 def signal_check() -> Callable[[], None]:
     """Remembers SIGINT, SIGTERM and SIGHUP. Returns what raises Stopped once one has come.
 
@@ -280,23 +317,8 @@ def signal_check() -> Callable[[], None]:
             os.write(2, b"stopped at once; what was saved before is kept\n")
             leave(130)
 
-    numbers = (signal.SIGINT, *ends())
-    for number in numbers:
+    for number in (signal.SIGINT, *ends()):
         signal.signal(number, receive)
-
-    def hold() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-
-    def let_go() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
-    def forget() -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-        let_go()
-
-    if hasattr(os, "fork"):  # a pool of a reward's ends its children by SIGTERM, ever so young
-        os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=forget)
 
     def obey() -> None:
         if received:
@@ -370,8 +392,10 @@ def run(script: str, main: Callable[[], None]) -> None:
         stream.reconfigure(encoding="utf-8", errors="replace")
     sys.excepthook = end
     with contextlib.suppress(ValueError):  # only the main thread may
-        for number in ends():
-            signal.signal(number, signal.default_int_handler)
+        heeded = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # not so in the background
+        for number in [*ends(), signal.SIGINT] if heeded else ends():
+            signal.signal(number, interrupt)
+        free_children()
     try:
         main()
         sys.stdout.flush()

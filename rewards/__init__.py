@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import ends, first_line, leave
+from cli import ends, first_line, is_signal, leave
 
 Reward = Callable[[Tensor, list[dict]], object]
 NAMES = (builtins, json, os, torch)
@@ -334,15 +334,13 @@ def fence(what: str, place: str = "") -> Iterator[None]:
     """Turns all that code of others may raise into a RewardError that begins with `what`.
 
     SystemExit is among it, as no reward may end a run as if it had succeeded. KeyboardInterrupt is
-    not where it may be the user's Ctrl-C: in the main thread, under Python's own handler. A script
-    with a handler of its own gets no KeyboardInterrupt from the keyboard. `place` is a file whose
-    line is named.
+    not where it is the user's, by a signal. `place` is a file whose line is named.
     """
     try:
         with unchanged():
             yield
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and may_be_ctrl_c():
+        if isinstance(error, KeyboardInterrupt) and is_signal(error):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         file = str(Path(place).resolve())
@@ -410,11 +408,6 @@ def leave_unless_in_a_run(run: int, code: int) -> NoReturn:
 
 def set_streams(*streams: TextIO) -> None:
     sys.stdout, sys.stderr = (open(os.devnull, "w") if x.closed else x for x in streams)
-
-
-def may_be_ctrl_c() -> bool:
-    main = threading.current_thread() is threading.main_thread()
-    return main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def said(error: BaseException) -> str:

@@ -266,6 +266,7 @@ def test_a_child_that_a_reward_has_forked_obeys_its_parent():
         early = False  # whether a child gets SIGTERM before any other hook is called in it
         term = lambda: early and os.kill(os.getpid(), signal.SIGTERM)
         os.register_at_fork(after_in_child=term)
+        cli.run("x.py", lambda: None)
         check = cli.signal_check()
         with multiprocessing.get_context("fork").Pool(1, time.sleep, [60]):
             time.sleep(0.2)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import BertTokenizer, CLIPModel, CLIPProcessor
 
+import cli
 import rewards
 
 OWN = f"{Path(__file__).parent}/own_rewards.py"
@@ -491,6 +492,11 @@ def test_ctrl_c_passes_and_a_rewards_own_does_not(images):
             rewards.score(name, reward, images, PROMPTS)
         with pytest.raises(KeyboardInterrupt):  # a real one
             rewards.score("mine", lambda *_: os.kill(os.getpid(), place), images, PROMPTS)
+        signal.signal(place, cli.interrupt)  # the scripts' own tells them apart
+        with pytest.raises(KeyboardInterrupt):
+            rewards.score("mine", lambda *_: os.kill(os.getpid(), place), images, PROMPTS)
+        with pytest.raises(rewards.RewardError, match="'a red circle': KeyboardInterrupt"):
+            rewards.score(name, reward, images, PROMPTS)
         signal.signal(place, lambda *_: remembered.append(1))
         with pytest.raises(rewards.RewardError, match="'a red circle': KeyboardInterrupt"):
             rewards.score(name, reward, images, PROMPTS)

@@ -294,6 +294,7 @@ class Comparison:
                 both = self.reported(world, name), runs
                 before, now = (figures.run_row(world, each)[:3] for each in both)
                 rows.append([world, name, *before, figures.foreseen(both[0], len(seeds)), *now])
+        again.pool.shutdown()
         what = ["arrived", "cost, thousands", "right"]
         header = [f"{each}, reported" for each in what]
         header += [f"to be expected of {len(seeds)} seeds", *(f"{each}, now" for each in what)]
@@ -316,6 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         for title, text, _ in found:
             print(f"\n## {title}\n\n{text}", flush=True)
         sections += found
+    comparison.results.pool.shutdown()
     if not args.only:
         text = page(sections, comparison.missing)
         cli.replace_file(out / "README.md", lambda path: path.write_text(text, "utf-8"))

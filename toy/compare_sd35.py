@@ -493,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     plt.switch_backend("agg")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
+    signal.signal(signal.SIGINT, cli.interrupt)  # in the background, too
     if not (args.full or args.table):
         results = Results(out, keep=False)
         checks = [functools.partial(check, results, world) for world in args.worlds]
