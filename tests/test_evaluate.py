@@ -490,7 +490,9 @@ BAD = {
 def test_bad_input_is_one_line(line, tiny, loras, prompts, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "many.txt").write_text("a\n" * 1001)
-    argv = flags(tiny, loras["nothing"], prompts, tmp_path / "out") + line.format(tmp_path).split()
+    given = {"metrics": None} if "--metrics" in line else {}
+    argv = flags(tiny, loras["nothing"], prompts, tmp_path / "out", **given)
+    argv += line.format(tmp_path).split()
     with pytest.raises(evaluate.Fault) as fault:
         evaluate.evaluate(evaluate.parse_args(argv))
     assert BAD[line] in str(fault.value) and "\n" not in str(fault.value)
