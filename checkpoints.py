@@ -56,10 +56,10 @@ def claim_folder(args: Any) -> Path:
     before, found = read_json(out / "arguments.json"), newest_first(out)
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if others and "output_dir" not in before:
-        holds = "checkpoints without their arguments.json" if found else f"{others[0]}, and no run"
-        raise Fault(
-            f"argument --output_dir: {out} holds {holds}; give a new folder, or an empty one"
-        )
+        where, new = f"argument --output_dir: {out} holds", "give a new folder, or an empty one"
+        if found:
+            raise Fault(f"{where} checkpoints without their arguments.json; put it back, or {new}")
+        raise Fault(f"{where} {others[0]}, and no run; {new}")
     if is_first_process():
         lock_folder(out)
     if not found and (out / sd35.LORA_FILE).exists():
