@@ -38,6 +38,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -310,6 +312,8 @@ def score(name: str, reward: Reward, images: Tensor, prompts: list[dict]) -> Ten
     try:
         if inspect.iscoroutine(result):
             result.close()  # or Python warns that nobody waits for it
+        if isinstance(result, list):
+            result = [float(x) if isinstance(x, Decimal | Fraction) else x for x in result]
         if isinstance(result, np.ndarray) and result.dtype.kind in "biuf":
             # torch has no steps backwards, masks or longdoubles, and one order of bytes.
             result = np.ma.filled(result.astype(np.float64, order="C"), np.nan)

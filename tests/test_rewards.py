@@ -17,6 +17,8 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -406,6 +408,8 @@ def test_scores_are_of_their_own_and_without_gradients(images):
     assert first.tolist() == [0, 0, 0] and first.dtype == torch.float32
     sparse = torch.tensor([0.0, 1.0, 0.0]).to_sparse()
     assert rewards.score("mine", lambda *_: sparse, images, PROMPTS).tolist() == [0, 1, 0]
+    mixed = [Decimal("0.5"), Fraction(1, 4), 2]
+    assert rewards.score("mine", lambda *_: mixed, images, PROMPTS).tolist() == [0.5, 0.25, 2]
     numbers = np.arange(3)
     for array in (
         np.array([2, 1, 0.0])[::-1],
