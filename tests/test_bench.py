@@ -295,6 +295,19 @@ def test_a_bad_argument_is_answered_before_a_library_is_loaded(tmp_path):
         assert ended.stderr.count("\n") == 1 and "torch is imported" not in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("plan --print_arguments", "--print_arguments: goes with train_sd35.py"),
+        ("plain --bound 2", "--bound: the plain step knows none; leave it out"),
+    ],
+)
+def test_what_a_command_does_not_know_is_refused(line, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench.py", *line.split()])
+    with pytest.raises(cli.Fault, match=said):
+        bench.main()
+
+
 def test_an_unknown_command_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench.py", "fly"])
     with pytest.raises(SystemExit) as end:

@@ -360,6 +360,18 @@ def test_two_evaluations_in_one_folder_do_not_interleave(tiny, loras, prompts, t
     run(tiny, loras["nothing"], prompts, out)
 
 
+def test_a_metric_of_ones_own_that_has_changed_is_asked_again(tiny, loras, prompts, tmp_path):
+    own, means = tmp_path / "own.py", []
+    for score in (1, 1, 2):
+        own.write_text(f"def f(images, prompts): return [{score}] * len(images)\n")
+        evaluate.content.cache_clear()
+        for module in [name for name in sys.modules if name == "own"]:
+            del sys.modules[module]
+        found = run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=f"{own}:f")
+        means.append(rows(found)["base"][f"{own}:f"][0])
+    assert means == [1, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["scores.json", "settings.json"])
 @pytest.mark.parametrize(
     "content", ["", "[1]", '{"a": "b"}', '{"a": 1e300}', '{"a": {}}', "[" * 10**5]

@@ -309,6 +309,16 @@ def test_a_disk_that_is_full_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_another_has_made_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.txt"
+    make = lambda *_: out.write_text("another's") and ["mine"]  # noqa: E731
+    monkeypatch.setattr(prompts, "text_prompts", make)
+    with pytest.raises(SystemExit) as stop:
+        command(f"text --n 1 --out {out}", monkeypatch)
+    assert stop.value.code == 2 and "is there already" in capsys.readouterr().err
+    assert out.read_text() == "another's" and list(tmp_path.iterdir()) == [out]
+
+
 BAD = {
     "geneval --n 3 --out a.txt": "argument --out: must end in .jsonl, got 'a.txt'",
     "text --n 3": "argument --out: is needed: a file that ends in .txt",

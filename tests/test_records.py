@@ -1,6 +1,7 @@
 """What a person reads of a run."""
 
 import json
+import math
 import resource
 from types import SimpleNamespace
 
@@ -28,6 +29,9 @@ def test_a_full_disk_is_one_line(tmp_path):
 def test_half_a_line_is_never_left(tmp_path):
     """A file may grow by ten bytes more: the system writes these, and no more."""
     path = tmp_path / "metrics.jsonl"
+    records.add_line(path, {"step": 1, "kl": math.inf, "gap": math.nan, "gate": None})
+    assert path.read_text() == '{"step": 1, "kl": null, "gap": null, "gate": null}\n'  # strictly
+    path.unlink()
     records.add_line(path, {"step": 1})
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import report_2d
 from PIL import Image
 
 RUN = Path(__file__).parents[1] / "toy" / "run_2d.py"
@@ -165,6 +167,16 @@ def test_a_bad_flag_is_answered_before_torch_is_imported(torch_that_stops):
 def test_ctrl_c_while_importing_is_one_line(torch_that_stops, tmp_path):
     result = run("--out", tmp_path)
     assert result.returncode == 130 and result.stderr == "run_2d.py: stopped\n"
+
+
+def test_a_window_is_opened_where_there_can_be_one(monkeypatch):
+    assert not report_2d.has_windows()  # tests draw into files
+    drawn_by = SimpleNamespace(required_interactive_framework="one")
+    monkeypatch.setattr(report_2d.plt, "close", lambda figure: None)
+    monkeypatch.setattr(report_2d.plt, "figure", lambda: SimpleNamespace(canvas=drawn_by))
+    assert report_2d.has_windows()
+    monkeypatch.setattr(report_2d.plt, "figure", lambda: 1 / 0)
+    assert not report_2d.has_windows()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -228,6 +228,10 @@ def test_a_pipeline_is_replaced_whole_or_not_at_all(pipe, tmp_path, monkeypatch)
     assert files() == before and not list(tmp_path.glob(".*"))
     tiny_world.save(pipe, tmp_path, {"prompts": [{"prompt": "b"}]})
     assert files().keys() == before.keys() and files() != before
+    os.rename(tmp_path / "vae", tmp_path / "elsewhere")
+    (tmp_path / "vae").symlink_to("elsewhere")
+    tiny_world.save(pipe, tmp_path, {"prompts": [{"prompt": "c"}]})
+    assert not (tmp_path / "vae").is_symlink() and (tmp_path / "elsewhere/config.json").exists()
 
 
 @pytest.mark.parametrize("names", [("base",), ("a/x", "b/x")])
