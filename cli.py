@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -267,8 +267,26 @@ def ends() -> list[int]:
     return [signal.SIGTERM] if nohup else [signal.SIGTERM, hangup]
 
 
-def interrupt(*_: Any) -> NoReturn:
-    """Handles a signal as Python does SIGINT, and can be told from a raise by code of others."""
+def heed(numbers: Iterable[int], first: Callable[[], None]) -> None:
+    """Calls first() at a signal of these. A second one ends the process at once.
+
+    But for one within a second: launchers repeat the first.
+    """
+    received: list[float] = []
+
+    def receive(*_: Any) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] > 1:
+            os.write(2, b"stopped at once; what was saved before is kept\n")
+            leave(130)
+        first()
+
+    for number in numbers:
+        signal.signal(number, receive)
+
+
+def interrupt() -> NoReturn:
+    """As Python does at SIGINT, and what can be told from a raise by code of others."""
     raise KeyboardInterrupt
 
 
@@ -305,20 +323,9 @@ def free_children() -> None:
 
 
 def signal_check() -> Callable[[], None]:
-    """Remembers SIGINT, SIGTERM and SIGHUP. Returns what raises Stopped once one has come.
-
-    A second one ends the process at once, but for one within a second: launchers repeat the first.
-    """
-    received: list[float] = []
-
-    def receive(*_: Any) -> None:
-        received.append(time.monotonic())
-        if received[-1] - received[0] > 1:
-            os.write(2, b"stopped at once; what was saved before is kept\n")
-            leave(130)
-
-    for number in (signal.SIGINT, *ends()):
-        signal.signal(number, receive)
+    """Remembers SIGINT, SIGTERM and SIGHUP. Returns what raises Stopped once one has come."""
+    received: list[bool] = []
+    heed((signal.SIGINT, *ends()), lambda: received.append(True))
 
     def obey() -> None:
         if received:
@@ -393,10 +400,13 @@ def run(script: str, main: Callable[[], None]) -> None:
     sys.excepthook = end
     with contextlib.suppress(ValueError):  # only the main thread may
         heeded = signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # not so in the background
-        for number in [*ends(), signal.SIGINT] if heeded else ends():
-            signal.signal(number, interrupt)
+        heed([*ends(), signal.SIGINT] if heeded else ends(), interrupt)
         free_children()
     try:
+        try:
+            os.getcwd()
+        except OSError:  # libraries would say something else
+            raise Fault("the folder that this is started in is gone; change to another") from None
         main()
         sys.stdout.flush()
     except SystemExit:

@@ -211,7 +211,8 @@ def claim_folder(args: Arguments, texts: list[str]) -> None:
         raise Fault(f"{where}; give a new folder, or an empty one")
     if cli.is_first_process():
         lock_folder(out)
-    before = read_json(kept) or drawn
+    found = read_json(kept)
+    before = found if any(out.glob("images/*/*.png")) else drawn
     for name in drawn:
         if before.get(name) != drawn[name]:
             where = f"argument --output_dir: {args.output_dir}"
@@ -274,10 +275,14 @@ def draw(args: Arguments, device: torch.device, asked: Asked) -> None:
                 replace_file(path, Image.fromarray(image).save)
 
 
-def score_name(args: Arguments, path: Path, metric: str) -> str:
-    """What a picture's score is kept under. A metric of other weights, or code, is another one."""
+def score_name(args: Arguments, path: Path, metric: str, prompt: dict) -> str:
+    """What a picture's score is kept under: with what else the prompt's line asks for.
+
+    A metric of other weights, or code, is another one.
+    """
     model = cli.pairs(args.reward_model).get(metric) or content(metric.rpartition(":")[0])
-    return f"{path.parent.name} {path.stem} {metric}" + (f"={model}" if model else "")
+    line = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{path.parent.name} {path.stem} {line} {metric}" + (f"={model}" if model else "")
 
 
 @functools.cache
@@ -290,7 +295,7 @@ def score(args: Arguments, device: torch.device, asked: Asked, known: Scores) ->
     """The pictures' scores by each metric that has them not yet. Raises RewardError."""
     found: Scores = {}
     for metric in args.metrics:
-        left = [path for path in asked if score_name(args, path, metric) not in known]
+        left = [x for x in asked if score_name(args, x, metric, asked[x]) not in known]
         if not left:
             continue
         reward = rewards.load(metric, device, cli.pairs(args.reward_model).get(metric))
@@ -299,7 +304,7 @@ def score(args: Arguments, device: torch.device, asked: Asked, known: Scores) ->
             images = torch.stack([read_picture(path) for path in batch]).to(device)
             values = rewards.score(metric, reward, images, [asked[path] for path in batch])
             for path, value in zip(batch, values.tolist(), strict=True):
-                found[score_name(args, path, metric)] = value
+                found[score_name(args, path, metric, asked[path])] = value
     return found
 
 
@@ -367,7 +372,7 @@ def report(args: Arguments, asked: Asked, kept: Scores) -> str:
         )
     scores = {}
     for metric in args.metrics:
-        answers = np.array([kept[score_name(args, path, metric)] for path in asked])
+        answers = np.array([kept[score_name(args, x, metric, asked[x])] for x in asked])
         lost = answers.size - np.isfinite(answers).sum()
         if lost == answers.size:
             found = f"none of {lost} answers of {metric} had a score; mend it, or leave it out"

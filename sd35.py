@@ -62,6 +62,8 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
             raise ValueError("there is no such folder")
         folder = Path(model if local else StableDiffusion3Pipeline.download(model))
         index = StableDiffusion3Pipeline.load_config(folder)
+        if not str(index.get("_class_name", "StableDiffusion3")).startswith("StableDiffusion3"):
+            raise ValueError(f"it is a {index['_class_name']}, and no StableDiffusion3Pipeline")
         absent = dict.fromkeys(T5 if index.get(T5[0]) == [None, None] else [])
         for name in PARTS:
             there = index.get(name, [None])[0] and any((folder / name).glob("*config.json"))
@@ -86,7 +88,9 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
         if isinstance(cause, HfHubHTTPError):
             hint = f"accept its licence at https://huggingface.co/{model} and do `hf auth login`"
         hint += ", or give a folder as save_pretrained writes it"
-        if "ignore_mismatched_sizes" in said:  # transformers has logged what it is about
+        if said.startswith(
+            "You set `ignore_mismatched_sizes`"
+        ):  # transformers has logged what it is about
             said = "a text encoder's weights have not the shapes that its config says"
         raise Fault(f"cannot load {model} ({said}); {hint}") from None
     pipe.set_progress_bar_config(disable=True)

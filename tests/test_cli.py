@@ -294,6 +294,29 @@ def test_a_second_signal_ends_at_once_and_a_launchers_repetition_does_not():
     assert ran.stderr == "stopped at once; what was saved before is kept\n"
 
 
+def test_code_that_catches_all_does_not_keep_a_script_from_its_end():
+    code = """if True:
+        import cli, os, signal, time
+        def main():
+            for _ in range(9):
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(1.1)
+                except:
+                    time.sleep(1.1)
+        cli.run("x.py", main)
+    """
+    ran = bash(f"timeout 20 python -c '{code}'")
+    assert ran.returncode == 130
+    assert ran.stderr == "stopped at once; what was saved before is kept\n"
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    ran = bash(f"mkdir {tmp_path}/a; cd {tmp_path}/a; rmdir ../a; python {ROOT}/toy/run_2d.py")
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert ran.stderr.startswith("run_2d.py: the folder that this is started in is gone; change")
+
+
 def draws(script, *flags):
     """A script's main with these flags, in this process."""
 

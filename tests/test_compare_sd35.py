@@ -639,6 +639,18 @@ def test_a_page_that_is_not_its_own_is_kept(tmp_path):
         compare_sd35.parse_args(["--table", "--out", str(tmp_path)])
 
 
+def killed(world, setting, seed, budget):
+    """In place of a run of training: memory is full."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_the_system_ends_is_no_ctrl_c(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_sd35, "run_setting", killed)
+    monkeypatch.setattr(compare_sd35, "digest", lambda world: "tiny")
+    with pytest.raises(cli.Fault, match="was ended, perhaps as memory was full; what is finished"):
+        compare_sd35.main(["--full", "--worlds", "shapes", "--out", str(tmp_path)])
+
+
 def without_a_package(world, setting, seed, budget):
     """In place of a run of training."""
     raise RewardError("it needs `pip install what is missing`")

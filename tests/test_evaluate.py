@@ -372,6 +372,26 @@ def test_a_metric_of_ones_own_that_has_changed_is_asked_again(tiny, loras, promp
     assert means == [1, 1, 2]
 
 
+def test_what_a_prompts_line_asks_for_is_part_of_its_score(tiny, loras, tmp_path):
+    own, prompts, means = tmp_path / "other.py", tmp_path / "p.jsonl", []
+    own.write_text("def f(images, prompts): return [prompt['n'] for prompt in prompts]")
+    for n in (1.0, 5.0):
+        prompts.write_text(json.dumps({"prompt": "red square", "n": n}))
+        found = run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=f"{own}:f")
+        means.append(rows(found)["base"][f"{own}:f"][0])
+    assert means == [1.0, 5.0]
+
+
+def test_settings_bind_once_there_is_a_picture(tiny, loras, prompts, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(evaluate.Fault, match="the model has at most 16, got 4096"):
+        run(tiny, loras["nothing"], prompts, out, resolution=4096)
+    run(tiny, loras["nothing"], prompts, out)
+    (out / "settings.json").write_text("{}")
+    with pytest.raises(evaluate.Fault, match="holds pictures of another "):
+        run(tiny, loras["nothing"], prompts, out, guidance_scale=3)
+
+
 @pytest.mark.parametrize("name", ["scores.json", "settings.json"])
 @pytest.mark.parametrize(
     "content", ["", "[1]", '{"a": "b"}', '{"a": 1e300}', '{"a": {}}', "[" * 10**5]
@@ -380,6 +400,9 @@ def test_rubbish_in_the_folder_is_one_line(name, content, tiny, loras, prompts, 
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text(content)
+    if name == "settings.json":
+        (out / "images" / "base").mkdir(parents=True)
+        (out / "images" / "base" / "00000_0.png").touch()
     with pytest.raises(evaluate.Fault) as fault:
         run(tiny, loras["nothing"], prompts, out, metrics=BRIGHTNESS)
     assert str(out) in str(fault.value) and "\n" not in str(fault.value)

@@ -31,7 +31,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,7 +225,9 @@ def digest(world: str) -> str:
 
 
 def end_with_parent() -> None:
-    """Makes this process end when the one that has started it does, however that ends."""
+    """Leaves Ctrl-C and a kill to the process that has started this one, and ends when it does."""
+    for number in (signal.SIGINT, *cli.ends()):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), cli.leave(1)), daemon=True).start()
 
@@ -457,8 +459,9 @@ def side_by_side(results: Results, calls: list[Callable[[], Any]]) -> list[Any]:
             for process in multiprocessing.active_children():
                 process.kill()  # or it would take a kill for its run's end, and begin another
             results.pool.shutdown(cancel_futures=True)
-            if isinstance(end, CancelledError | BrokenProcessPool):
-                raise KeyboardInterrupt from None
+            if isinstance(end, BrokenProcessPool):
+                lost = "a process that computed a run was ended, perhaps as memory was full"
+                raise Fault(f"{lost}; what is finished is kept: call again to go on") from None
             if isinstance(end, RewardError):  # a package that it needs is missing
                 raise Fault(first_line(end)) from None
             raise
@@ -493,7 +496,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     plt.switch_backend("agg")
-    signal.signal(signal.SIGINT, cli.interrupt)  # in the background, too
+    cli.heed([signal.SIGINT], cli.interrupt)  # in the background, too
     if not (args.full or args.table):
         results = Results(out, keep=False)
         checks = [functools.partial(check, results, world) for world in args.worlds]
