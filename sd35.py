@@ -82,15 +82,14 @@ def load_pipeline(model: str, dtype: torch.dtype, fits=(0, 0)) -> StableDiffusio
         raise
     except Exception as error:  # whatever the libraries make of other files
         cause = error.__cause__ or error
-        hint, said = "mend it", first_line(error if local else cause)
+        hint = "mend it"
+        said = first_line(error if local else cause).partition(". If you want to instead")[0]
         if not local:
             hint = "without a connection, bring the hub's cache here and set HF_HUB_OFFLINE=1"
         if isinstance(cause, HfHubHTTPError):
             hint = f"accept its licence at https://huggingface.co/{model} and do `hf auth login`"
         hint += ", or give a folder as save_pretrained writes it"
-        if said.startswith(
-            "You set `ignore_mismatched_sizes`"
-        ):  # transformers has logged what it is about
+        if said.startswith("You set `ignore_mismatched_sizes`"):  # the rest was logged
             said = "a text encoder's weights have not the shapes that its config says"
         raise Fault(f"cannot load {model} ({said}); {hint}") from None
     pipe.set_progress_bar_config(disable=True)

@@ -209,7 +209,7 @@ def instead(**parts):
         (lambda folder, index: index.clear(), "it has no scheduler"),
         (set_config("transformer", patch_size=0), "by its config, it has no resolution"),
         (set_config("vae", scaling_factor=0), "what its vae decodes is not finite"),
-        (set_config("transformer", num_layers=5), "transformer"),
+        (set_config("transformer", num_layers=5), "transformer_blocks.1.norm1_context.linear"),
         (instead(_class_name="StableDiffusionXLPipeline"), "it is a StableDiffusionXLPipeline"),
         (set_config("text_encoder", hidden_size=16), "a text encoder's weights have not"),
         (not_finite("vae"), "its vae has no finite "),
