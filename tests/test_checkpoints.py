@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from tiny_run import (
     on_two_processes,
     run,
 )
+from tqdm import tqdm
 
 import checkpoints
 import cli
@@ -332,6 +334,7 @@ def in_a_child(line):
         return child
     sys.stdout = sys.stderr = open(os.devnull, "w")
     sys.argv = ["train_sd35.py", *line]
+    tqdm.set_lock(threading.RLock())  # the usual one is shared: a child killed in it locks all out
     try:
         cli.run("train_sd35.py", train_sd35.main)
         cli.leave(0)
