@@ -108,7 +108,8 @@ def check_changes(args: Any, out: Path, before: dict[str, Any]) -> None:
         found = f"argument --{name}: the run in {out} has {had}, got {value}"
         if name not in NOT_OF_THE_STEPS:
             raise Fault(f"{found}; give what it has, or another --output_dir")
-        if name == "max_train_steps" and args.lr_scheduler == "cosine":
+        both = args.lr_scheduler, before.get("lr_scheduler")
+        if name == "max_train_steps" and both == ("cosine", "cosine"):
             raise Fault(
                 f"{found}; a cosine's learning rates depend on it, so such a run cannot be made "
                 "longer or shorter"

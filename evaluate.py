@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -71,7 +72,7 @@ class Arguments:
         shown="those of Table 2 whose weights are on this machine",
     )
     reward_model: list[str] = option([], "Other weights for a metric, as name=path.")
-    output_dir: str = option("", "The folder to write to.", shown="evaluation in the LoRA's folder")
+    output_dir: str = option("", "The folder to write to.", shown="evaluation in the run's")
     seeds: int = option(1, "Pictures of each line of the prompts.", at_least=1, at_most=1000)
     num_inference_steps: int = option(40, "Steps of the sampler.", at_least=1, at_most=1000)
     batch_size: int = option(4, "Pictures at once. Lower it if memory is short.", at_least=1)
@@ -115,7 +116,10 @@ def read_arguments(argv: list[str]) -> Arguments:
     if not args.prompts:
         raise Fault("argument --prompts: is needed; --help says what for")
     args.reward = ["geneval_official" if name == "geneval" else name for name in args.reward]
-    args.output_dir = args.output_dir or str(Path(args.lora) / "evaluation")
+    # Not in a checkpoint, which its run may delete.
+    folder, run = Path(args.lora).absolute(), run_file(args.lora).parent
+    name = "evaluation" if folder == run else f"evaluation-{folder.name}"
+    args.output_dir = args.output_dir or os.path.relpath(run / name)
     return args
 
 
@@ -286,25 +290,32 @@ def score_name(args: Arguments, path: Path, metric: str, prompt: dict) -> str:
 
 
 @functools.cache
-def content(file: str) -> str:
-    """What tells the code of a metric of one's own from what it was; nothing for others."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8] if file.endswith(".py") else ""
+def content(place: str) -> str:
+    """What tells the code of a metric of one's own from what it was; nothing for others.
+
+    Not what it imports: a helper's file is not looked at.
+    """
+    if not place:
+        return ""
+    file = place if place.endswith(".py") else importlib.util.find_spec(place).origin or "none"
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8] if Path(file).exists() else ""
 
 
-def score(args: Arguments, device: torch.device, asked: Asked, known: Scores) -> Scores:
-    """The pictures' scores by each metric that has them not yet. Raises RewardError."""
+def score(
+    args: Arguments, device: torch.device, asked: Asked, known: Scores, metric: str
+) -> Scores:
+    """The scores by a metric of the pictures that have none yet. Raises RewardError."""
     found: Scores = {}
-    for metric in args.metrics:
-        left = [x for x in asked if score_name(args, x, metric, asked[x]) not in known]
-        if not left:
-            continue
-        reward = rewards.load(metric, device, cli.pairs(args.reward_model).get(metric))
-        for i in tqdm(range(0, len(left), args.batch_size), f"scoring by {metric}", disable=None):
-            batch = left[i : i + args.batch_size]
-            images = torch.stack([read_picture(path) for path in batch]).to(device)
-            values = rewards.score(metric, reward, images, [asked[path] for path in batch])
-            for path, value in zip(batch, values.tolist(), strict=True):
-                found[score_name(args, path, metric, asked[path])] = value
+    left = [x for x in asked if score_name(args, x, metric, asked[x]) not in known]
+    if not left:
+        return found
+    reward = rewards.load(metric, device, cli.pairs(args.reward_model).get(metric))
+    for i in tqdm(range(0, len(left), args.batch_size), f"scoring by {metric}", disable=None):
+        batch = left[i : i + args.batch_size]
+        images = torch.stack([read_picture(path) for path in batch]).to(device)
+        values = rewards.score(metric, reward, images, [asked[path] for path in batch])
+        for path, value in zip(batch, values.tolist(), strict=True):
+            found[score_name(args, path, metric, asked[path])] = value
     return found
 
 
@@ -384,7 +395,7 @@ def report(args: Arguments, asked: Asked, kept: Scores) -> str:
     prompts = list(asked.values())[: len(asked) // 2]
     texts, tasks = [prompt["prompt"] for prompt in prompts], defaultdict(list)
     for i, prompt in enumerate(prompts):
-        tasks[str(prompt.get("tag") or prompt.get("task") or "")].append(i)
+        tasks[str(prompt.get("tag", prompt.get("task", "")))].append(i)
     several = len(tasks) > 1 and "" not in tasks
     parts = {"mean over images, " * several + amount(texts): [range(len(texts))]}
     if several:
@@ -436,10 +447,13 @@ def evaluate(args: Arguments) -> None:
     scores = read_json(out / "scores.json")
     if not all(isinstance(x, float) and not abs(x) > rewards.LARGEST for x in scores.values()):
         raise Fault(f"{out}/scores.json holds what is no score; delete it to score again")
-    for part in gather_object([score(args, state.device, mine, scores)]):
-        scores |= part
+    for metric in args.metrics:  # what one has scored is kept if the next one fails
+        for part in gather_object([score(args, state.device, mine, scores, metric)]):
+            scores |= part
+        if state.is_main_process:
+            write = functools.partial(Path.write_text, data=json.dumps(scores))
+            replace_file(out / "scores.json", write)
     if state.is_main_process:
-        replace_file(out / "scores.json", lambda new: new.write_text(json.dumps(scores)))
         tqdm.write(report(args, asked, scores))
         tqdm.write(f"wrote table.md, table.json, grid.png to {out}")
     state.destroy_process_group()  # or gloo's threads may abort it as it ends

@@ -246,15 +246,16 @@ def hub_answers() -> bool:
     return True
 
 
-def modules_of_this_project(hidden_by: Path) -> dict[str, ModuleType]:
-    """Those that are loaded, and have the name of a file in another folder."""
-    project = Path(__file__).parents[1]
-    return {
-        name: module
-        for name, module in sys.modules.items()
-        if Path(getattr(module, "__file__", None) or "").parent == project != hidden_by
-        and (hidden_by / f"{name}.py").is_file()
-    }
+def modules_hidden_by(folder: Path) -> dict[str, ModuleType]:
+    """Those that are loaded and are no library's, but have the name of a file in the folder."""
+    libraries, hidden = (sys.prefix, sys.base_prefix), {}
+    for name, module in [*sys.modules.items()]:
+        file = getattr(module, "__file__", None) or sys.prefix
+        beside = {str(folder / f"{name}.py"), str(folder / name / "__init__.py")}
+        if file not in beside and not file.startswith(libraries):
+            if any(map(os.path.isfile, beside)):
+                hidden[name] = module
+    return hidden
 
 
 def run(place: str) -> ModuleType:
@@ -274,9 +275,9 @@ def run(place: str) -> ModuleType:
     name = names[0 if free and not importlib.util.find_spec(path.stem) else 1]
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    beside, ours = str(path.parent), modules_of_this_project(hidden_by=path.parent)
-    for hidden in ours:
-        del sys.modules[hidden]
+    beside, hidden = str(path.parent), modules_hidden_by(path.parent)
+    for other in hidden:
+        del sys.modules[other]
     sys.path.insert(0, beside)
     try:
         spec.loader.exec_module(module)
@@ -284,7 +285,7 @@ def run(place: str) -> ModuleType:
         del sys.modules[name]
         raise
     finally:
-        sys.modules.update(ours)
+        sys.modules.update(hidden)
         if beside in sys.path:
             sys.path.remove(beside)
         if beside not in sys.path:

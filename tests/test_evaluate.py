@@ -382,6 +382,31 @@ def test_what_a_prompts_line_asks_for_is_part_of_its_score(tiny, loras, tmp_path
     assert means == [1.0, 5.0]
 
 
+def test_what_a_metric_has_scored_is_kept_if_the_next_one_fails(tiny, loras, prompts, tmp_path):
+    own, asked = tmp_path / "two.py", tmp_path / "asked"
+    own.write_text(
+        "import os\n"
+        "def slow(images, prompts):\n"
+        f"    open({str(asked)!r}, 'a').write('x' * len(images))\n"
+        "    return [1] * len(images)\n"
+        f"def bad(images, prompts): return [os.stat({str(tmp_path / 'server')!r}).st_size]\n"
+    )
+    metrics = [f"{own}:slow", f"{own}:bad"]
+    for _ in range(2):
+        with pytest.raises(evaluate.rewards.RewardError, match="two.py:bad failed"):
+            run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=metrics)
+    assert len(asked.read_text()) == len(list(tmp_path.glob("out/images/*/*.png")))
+
+
+def test_a_checkpoints_evaluation_is_not_in_it(loras, prompts, tmp_path):
+    shutil.copytree(loras["nothing"], tmp_path / "run" / "checkpoint-2")
+    line = ["--prompts", str(prompts), "--metrics", "compressibility", "--lora"]
+    args = evaluate.parse_args([*line, str(tmp_path / "run" / "checkpoint-2")])
+    assert Path(args.output_dir).resolve() == tmp_path / "run" / "evaluation-checkpoint-2"
+    args = evaluate.parse_args([*line, str(loras["nothing"])])
+    assert Path(args.output_dir).resolve() == Path(loras["nothing"]) / "evaluation"
+
+
 def test_settings_bind_once_there_is_a_picture(tiny, loras, prompts, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(evaluate.Fault, match="the model has at most 16, got 4096"):

@@ -392,6 +392,17 @@ def test_what_people_write(source, own, images, tmp_path):
     assert sys.modules["prompts"] is project
 
 
+def test_two_rewards_have_helpers_of_one_name(own, images, tmp_path):
+    for folder, k in (("a", 1), ("b", 100)):
+        (tmp_path / folder / "beside").mkdir(parents=True)
+        (tmp_path / folder / "beside" / "__init__.py").write_text(f"K = {k}")
+        name = own(
+            "from beside import K\ndef f(images, _): return [K] * len(images)", folder=folder
+        )
+        found = rewards.score(name, rewards.load(name, "cpu"), images, PROMPTS)
+        assert found.tolist() == [k] * 3
+
+
 def test_a_reward_has_images_and_prompts_of_its_own(images):
     name, prompts = f"{OWN}:darkening", copy.deepcopy(PROMPTS)
     kept, expected = images.clone(), images.mean((1, 2, 3))
