@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -71,11 +71,11 @@ def check(args: Any) -> None:
                 raise Fault(f"argument --{field.name}: must be {needed}, got {value}")
 
 
-def parse(arguments: type, argv: list[str], before: Sequence[str] = ()) -> Any:
+def parse(arguments: type, argv: list[str]) -> Any:
     """A command line as a dataclass of options. Raises Fault at the first thing that is wrong.
 
     --t-min and --t_min are one flag. A bool has two, --x and --no_x. A list takes several values
-    after one flag. before: another command line, over which this one wins.
+    after one flag: of a flag that is given twice, the last counts, as --help says.
     """
 
     def error(message: str) -> NoReturn:
@@ -83,6 +83,7 @@ def parse(arguments: type, argv: list[str], before: Sequence[str] = ()) -> Any:
         raise Fault(f"{message}; see --help" if unknown else message)
 
     parser = argparse.ArgumentParser(description=arguments.__doc__, allow_abbrev=False)
+    parser.epilog = "Of a flag that is given twice, the last one counts, with all its values."
     parser.error = error
     hints = get_type_hints(arguments)
     for field in dataclasses.fields(arguments):
@@ -100,18 +101,10 @@ def parse(arguments: type, argv: list[str], before: Sequence[str] = ()) -> Any:
         text = f"{about['help']} ({'; '.join(filter(None, notes))})".removesuffix(" ()")
         names = (f"--{field.name}", *about["aliases"])
         parser.add_argument(*names, default=default, help=text.replace("%", "%%"), **extra)
-        flags = [word for word in named(argv) if re.match(f"--{field.name}(=|$)", word)]
-        if many and len(flags) > 1:  # the last would win, without a word
-            raise Fault(f"argument --{field.name}: is there twice; give all after one")
-    words = [re.sub("^--no_", "--no-", word) for word in named([*before, *argv])]
-    args = arguments(**vars(parser.parse_args(words)))
+    names = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in argv]
+    args = arguments(**vars(parser.parse_args([re.sub("^--no_", "--no-", w) for w in names])))
     check(args)
     return args
-
-
-def named(argv: list[str]) -> list[str]:
-    """The words of a command line, its flags by the names that fields have."""
-    return [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in argv]
 
 
 def pairs(words: list[str], flag: str = "reward_model") -> dict[str, str]:

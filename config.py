@@ -78,7 +78,7 @@ def parse_with_config(arguments: type, argv: list[str]) -> Any:
         return args
     line = read_config(args.config, arguments)
     try:
-        return cli.parse(arguments, argv, line)
+        return cli.parse(arguments, [*line, *argv])
     except Fault as fault:
         raise Fault(f"{args.config}: {fault}") from None
 

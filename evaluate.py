@@ -105,7 +105,7 @@ def read_arguments(argv: list[str]) -> Arguments:
     trained = read_json(run_file(args.lora))
     line = [f"--{name}={trained[name]}" for name in OF_THE_RUN if name in trained]
     try:
-        args = parse(Arguments, argv, line)
+        args = parse(Arguments, [*line, *argv])  # what comes last wins
     except Fault as fault:
         raise Fault(f"cannot use {run_file(args.lora)} ({fault}); mend or delete it") from None
     if args.resolution % 16:

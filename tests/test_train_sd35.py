@@ -130,7 +130,6 @@ BAD = {
     "--reward compressibility compressibility=2": "compressibility is there twice; give it once",
     "--eval_reward compressibility compressibility": "compressibility is there twice",
     "--eval_reward pickscore": "pickscore is trained on, and so it is watched; leave it out here",
-    "--reward ocr --reward pickscore": "argument --reward: is there twice; give all after one",
     "--num_inference_steps 1000": "only 732 of 1000 times are different; give fewer steps",
     "--flow_shift 100 --t_min 0": "--eval_inference_steps: at --flow_shift 100, only 13 of 14",
     f"--updates_per_rollout 1{'0' * 9}": "must be at least 1 and at most 10000, got 1",
