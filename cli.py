@@ -284,7 +284,7 @@ def interrupt() -> NoReturn:
 
 
 def is_signal(error: BaseException) -> bool:
-    """Whether it came by a signal: here, or where a script does without `run`, perhaps."""
+    """Whether it came by a signal. Under Python's own handler, without `run`, it may have."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     if any((call.filename, call.name) == (__file__, "interrupt") for call in last):
         return True

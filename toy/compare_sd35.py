@@ -81,6 +81,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it speaks of part
 import figures
 import matplotlib.pyplot as plt
 from family_sd35 import ROOT, WORLDS, Evaluation, Run, Setting, run_setting
+from kept import LOST, end_with_parent
 from report_sd35 import SEEDS, WORKS, Report, Search, Tried, page
 from search import Dial, Range
 
@@ -222,14 +223,6 @@ def digest(world: str) -> str:
     if not weights:
         raise Fault(f"there is no pipeline in {folder}; run `python toy/{world}.py` first")
     return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
-
-
-def end_with_parent() -> None:
-    """Leaves Ctrl-C and a kill to the process that has started this one, and ends when it does."""
-    for number in (signal.SIGINT, *cli.ends()):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), cli.leave(1)), daemon=True).start()
 
 
 def is_whole(kept: dict) -> bool:
@@ -460,8 +453,7 @@ def side_by_side(results: Results, calls: list[Callable[[], Any]]) -> list[Any]:
                 process.kill()  # or it would take a kill for its run's end, and begin another
             results.pool.shutdown(cancel_futures=True)
             if isinstance(end, BrokenProcessPool):
-                lost = "a process that computed a run was ended, perhaps as memory was full"
-                raise Fault(f"{lost}; what is finished is kept: call again to go on") from None
+                raise Fault(LOST) from None
             if isinstance(end, RewardError):  # a package that it needs is missing
                 raise Fault(first_line(end)) from None
             raise

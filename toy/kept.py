@@ -23,6 +23,10 @@ from tqdm import tqdm
 
 import cli
 
+LOST = (
+    "a process that computed a run was ended, perhaps as memory was full; what is finished is "
+    "kept: call again to go on"
+)
 VERSION = 4  # of what a run means; results of another version are computed again
 
 
@@ -111,8 +115,7 @@ class Results:
                 process.kill()  # or what is computing would be waited for
             self.pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
-                lost = "a process that computed a run was ended, perhaps as memory was full"
-                raise cli.Fault(f"{lost}; what is finished is kept: call again to go on") from None
+                raise cli.Fault(LOST) from None
             raise
         progress.close()
         return [self.kept[world][key] for key in keys]
