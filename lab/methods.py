@@ -1,181 +1,236 @@
-"""The family in one loop: seven ways for the rewards of a group to enter the gradient of a flow.
+"""The family: how the rewards of a group enter the gradient of a flow, a few lines a method.
 
-DGPO, alone and with what is beyond its paper; AWM, DiffusionNFT, Flow-GRPO, Diffusion-DPO and GPO,
-and Diffusion-SDPO's scaling of the loser.
-Shapes, times and signs are those of dgpo.py, and so is all that the methods share: the rollout, the
-advantages A, the denoising loss L = ||v - v*||^2.
+Shapes, times and signs are those of dgpo.py: (P, G, ...), t = 1 is noise, v* = eps - x0, A is the
+advantage and L = ||v - v*||^2 the denoising loss. A network is a function (x_t (B, ...), t (B,),
+p (B,)) -> v, where p is a sample's row in P, so that the same code trains a network of the 2-D
+worlds (worlds.py) and the transformer of the tiny SD3.5 (tiny.py).
 
-How a reward enters, on one line. Let e = v_old - v* be the error at theta_old, and d = v - v_old
-how far theta has moved since. Up to a constant, the loss of one sample is
+How the methods differ, in one line. Let e = v_old - v* be the error of theta_old, and d = v - v_old
+how far theta has moved. Up to a constant, the loss of one sample is
 
-    2 A e.d + c ||d||^2   with   c = A                     AWM, and DGPO within a gate
-                                 c = A + bound max(-A, 0)  bounded DGPO, within that gate
-                                 c = 5 b                   DiffusionNFT, less a division
+    2 A e.d + c ||d||^2   with   c = A                     AWM, and DGPO inside its gate
+                                 c = A + bound max(-A, 0)  bounded DGPO, inside its gate
+                                 c = 5 b                   DiffusionNFT, before a division
 
-The first term is the same for all, and is all there is at theta = theta_old. The second decides
-what becomes of a bad sample, A < 0, once theta moves: with c < 0 the loss is a concave parabola and
-falls without end; with c > 0 it is convex, and its minimum a finite target. A gate, -log sigmoid of
-beta times the gap, ends the fall too, but late: what it can still take away is 2 log(2) / beta. In
-DGPO a group shares one gate; in Diffusion-DPO and GPO each pair has its own. Flow-GRPO has A rho,
-and rho = p_theta / p_old is an exponential of a quadratic: it cannot fall below zero, so a bad step
-stops counting when it has become unlikely. toy/results/family.png draws them all.
+The first term is common to all, and the only one at theta = theta_old. The second decides what
+happens to a bad sample, A < 0, once theta moves. With c < 0 the loss is a concave parabola and
+falls without end; with c > 0 it is convex, and its minimum is a finite target. A gate, -log sigmoid
+of beta times the gap, also ends the fall, but late: it can still lose 2 log(2) / beta. DGPO has one
+gate for a group, Diffusion-DPO and GPO one for each pair. Flow-GRPO has A rho, where
+rho = p_theta / p_old is positive: a bad step stops counting once it has become unlikely.
+lab/results/family.png draws them all.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import flow2d
 import torch
 import torch.nn.functional as F
-import worlds
-from torch import Tensor, nn
+from torch import Tensor
 
 import dgpo
-
-EVALUATION_STEPS = 20  # of the ODE solver; rollouts take 10 or fewer, as the paper's do
-SAMPLES = 64  # points for each condition in an evaluation
-FIRST, APART = 10_000, 1.1  # evaluations are 10,000 forwards apart, and later 10 % of the cost
-BUDGETS = {"ring-128": 3_000_000, "ring-512": 3_000_000}  # forwards of a run that is reported, ...
-BUDGET = 1_500_000  # ... and in all other worlds
-WAY = 0.9  # there: this share of the way from the base reward to the best data's ...
-RIGHT = 0.8  # ... with this share of samples right, as the world's judge has it
-STAYS = 0.9  # arrived: there at the end, in this share of the evaluations until then, ...
-LONG = 1.2  # ... and until this many times the cost at which it got there
-FOLLOWED = 4.0  # a run that has arrived ends at this many times that cost ...
-AT_LEAST = 0.25  # ... and not before this share of the world's budget
-
-
-def budget_in(world: str) -> int:
-    return BUDGETS.get(world, BUDGET)
-
-
-PAIRS = ("Diffusion-DPO", "SDPO")  # the methods that train on the two extremes of a group alone
+from lab.protocol import Range
+from sd35 import gradient
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A method and all its dials. The defaults are run_2d.py's, wherever it has the dial."""
+    """A method and its hyperparameters. The defaults are toy/run_2d.py's, where it has them."""
 
-    world: str
-    method: str  # DGPO, AWM, NFT, Flow-GRPO, Diffusion-DPO, SDPO or GPO
+    method: str = "DGPO"  # a key of METHODS
     learning_rate: float = 1.5e-3
     decay: float | None = None  # forwards after which the learning rate has halved
     average: float | None = None  # decay of the averaged weights that are evaluated
-    beta: float = 1.0  # as published; NFT: how strongly theta is held to theta_old
-    kl: float = 0.01  # a velocity's error; Flow-GRPO: nats of a step
+    beta: float = 1.0  # as published; for DiffusionNFT its b
+    kl: float = 0.01  # weight of ||v - v_ref||^2; for Flow-GRPO of the KL of a step in nats
     t_min: float = 0.2
-    ema: float | None = None  # decay of theta_old; without it, theta_old = theta
+    ema: float | None = None  # decay of theta_old; None means theta_old = theta
     group_size: int = 24
-    samples: int | None = None  # of a group that are trained on, half of them from each end
+    samples: int | None = None  # m: train on the m/2 worst and the m/2 best of each group
     prompts: int = 16
     timesteps: int = 2  # at which each group is trained
     rollout_steps: int = 10
-    updates: int = 1  # optimiser steps from each rollout
+    updates: int = 1  # optimizer steps for each rollout
     bound: float = 0.0  # DGPO's
-    anchor: str = "theta_old"  # what the bound holds to; the other is "reference"
+    anchor: str = "theta_old"  # what the bound refers to, or "reference"
     clip: float | None = None
     sde_noise: float = 0.0  # the a of the SDE that samples; 0 samples by the ODE
-    trained_share: float = 1.0  # Flow-GRPO: of the trajectory's steps, the noisiest
+    trained_share: float = (
+        1.0  # Flow-GRPO: the share of the sampler's steps to train, noisiest first
+    )
     shared_noise: bool = True
     offline: bool = False
 
 
+class Networks(NamedTuple):
+    """Functions (x_t (B, ...), t (B,), p (B,)) -> v."""
+
+    theta: dgpo.Velocity
+    reference: dgpo.Velocity
+    old: dgpo.Velocity  # theta_old
+
+
+class Batch(NamedTuple):
+    """What a loss sees: P groups of G samples, each group at one time."""
+
+    v: Tensor  # (P, G, ...), as the next three
+    v_ref: Tensor
+    v_old: Tensor  # v_ref, unless the method's row says that it needs theta_old
+    v_star: Tensor
+    t: Tensor  # (P, 1)
+    rewards: Tensor  # (P, G)
+    advantages: Tensor  # (P, G)
+
+    @property
+    def loss(self) -> Tensor:
+        return dgpo.mean_square(self.v, self.v_star)
+
+    @property
+    def loss_ref(self) -> Tensor:
+        return dgpo.mean_square(self.v_ref, self.v_star)
+
+
 # AWM (Xue et al. 2025, arXiv:2509.25050), advantage-weighted matching: A times the denoising loss.
-# DGPO's gradient is beta sigmoid(-beta gap) sum_i A_i grad L_i. As beta goes to 0, the gate freezes
-# at 1/2, and what is left of the loss over beta is half of AWM's. So AWM is DGPO without its gate.
-
-
-def awm_loss(loss_theta: Tensor, advantages: Tensor) -> Tensor:
-    """The mean of A L, a scalar; (P, G) each."""
-    return (advantages * loss_theta).mean()
+# DGPO's gradient is beta sigmoid(-beta gap) sum_i A_i grad L_i. As beta goes to 0 the gate freezes
+# at 1/2, and the loss over beta becomes half of AWM's. So AWM is DGPO without its gate.
+def awm(batch: Batch, setting: Setting) -> Tensor:
+    return (batch.advantages * batch.loss).mean()
 
 
 # DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117): denoise in two directions around theta_old.
 # A reward in [0, 1], r = 1/2 + A / (2 * 5) with A clipped at 5, says how good a sample is. With
 # v+- = v_old +- b (v - v_old), the loss 5/b [r ||v+ - v*||^2 + (1 - r) ||v- - v*||^2] is
-# 5/b [||e||^2 + 2 (2r - 1) b e.d + b^2 ||d||^2] = 2 A e.d + 5 b ||d||^2 and a constant. It compares
-# images instead, x0 = x_t - t v, and divides each square by its own mean error, held fixed.
+# 5/b [||e||^2 + 2 (2r - 1) b e.d + b^2 ||d||^2] = 2 A e.d + 5 b ||d||^2 up to a constant. It
+# compares images instead, x0 = x_t - t v, and divides each square by its own mean error, detached.
 ADVANTAGE_CLIP = 5.0
 
 
-def nft_loss(
-    v: Tensor, v_old: Tensor, v_star: Tensor, t: Tensor, advantages: Tensor, b: float, eps=1e-5
-) -> Tensor:
-    """DiffusionNFT's loss, a scalar. Velocities (P, G, ...), advantages (P, G), t (P, 1)."""
-    r = 0.5 + advantages.clamp(-ADVANTAGE_CLIP, ADVANTAGE_CLIP) / (2 * ADVANTAGE_CLIP)
+def nft(batch: Batch, setting: Setting, eps: float = 1e-5) -> Tensor:
+    b, clip = setting.beta, ADVANTAGE_CLIP
+    r = 0.5 + batch.advantages.clamp(-clip, clip) / (2 * clip)
 
     def error(direction: float) -> Tensor:
-        difference = t[..., None] * (v_old + direction * b * (v - v_old) - v_star).flatten(2)
+        moved = batch.v_old + direction * b * (batch.v - batch.v_old)
+        difference = batch.t[..., None] * (moved - batch.v_star).flatten(2)
         mean_error = difference.detach().abs().mean(2).clamp(min=eps)
         return difference.square().mean(2) / mean_error
 
-    return ADVANTAGE_CLIP / b * (r * error(1.0) + (1 - r) * error(-1.0)).mean()
+    return clip / b * (r * error(1.0) + (1 - r) * error(-1.0)).mean()
 
 
 # Diffusion-DPO (Wallace et al. 2024, arXiv:2311.12908), in its flow form and on groups: the best
-# sample against the worst. A pair is a group of two, whose advantages are +1 and -1, so its loss,
-# -log sigmoid(-beta/2 [(L_w - L_w^ref) - (L_l - L_l^ref)]), is DGPO's on the two extremes: a mean
-# over the group has the same beta/2.
+# sample against the worst. A pair is a group of two, whose advantages are +1 and -1. So its loss,
+# -log sigmoid(-beta/2 [(L_w - L_w^ref) - (L_l - L_l^ref)]), is DGPO's on the two extremes, where a
+# mean over the group has the same beta/2.
 #
-# Diffusion-SDPO (arXiv:2511.03317) is Diffusion-DPO that lets go of the loser where un-denoising it
-# would harm the winner: with g_w and g_l the gradients by the output, v - v*, a step along
-# s g_l - g_w lowers L_w as long as s < |g_w|^2 / (g_w.g_l).
-
-
-def sdpo_loss(
-    v: Tensor, v_star: Tensor, loss_ref: Tensor, beta: dgpo.Real, margin: float = 0.1
-) -> Tensor:
-    """Pairs, the loser first: v, v_star (P, 2, ...), loss_ref (P, 2). The loss over beta, a scalar.
-
-    Its value means nothing, but its gradient is Diffusion-DPO's with the loser's part times s.
-    """
-    error, loss = (v - v_star).flatten(2), (v - v_star).square().flatten(2).mean(2)
-    pair = torch.tensor([-1.0, 1.0], dtype=v.dtype).expand_as(loss)
-    k, _ = dgpo.group_gradient(loss, loss_ref, pair, beta / 2)
-    loser, winner = error.detach().unbind(1)
+# Diffusion-SDPO (arXiv:2511.03317) scales the loser's part down where it would harm the winner.
+# With g_w and g_l the gradients by the output, v - v*, a step along s g_l - g_w lowers L_w as long
+# as s < |g_w|^2 / (g_w.g_l). Only the gradient of the value below is meaningful.
+def sdpo(batch: Batch, setting: Setting, margin: float = 0.1) -> Tensor:
+    loss = batch.loss
+    pair = torch.tensor([-1.0, 1.0], dtype=loss.dtype).expand_as(loss)  # the loser comes first
+    k, _ = dgpo.group_gradient(loss, batch.loss_ref, pair, setting.beta / 2)
+    loser, winner = (batch.v - batch.v_star).flatten(2).detach().unbind(1)
     dot = (loser * winner).sum(1)
     s = torch.where(dot > 0, (1 - margin) * winner.square().sum(1) / dot, 1.0).clamp(max=1)
     return (k * torch.stack([s, torch.ones_like(s)], 1) * loss).mean()
 
 
-# GPO (Chen et al. 2025, arXiv:2505.11070): Diffusion-DPO on all pairs of a group at once.
-
-
-def gpo_loss(loss_theta: Tensor, loss_ref: Tensor, rewards: Tensor, beta: dgpo.Real) -> Tensor:
-    """Diffusion-DPO's loss, the mean over a group's pairs r_i > r_j: (P, G) each -> a scalar."""
-    gap = loss_theta - loss_ref
+# GPO (Chen et al. 2025, arXiv:2505.11070): the mean of Diffusion-DPO's loss over all pairs
+# r_i > r_j of a group. As in DGPO, it is divided by beta, so that beta shapes the gate alone.
+def gpo(batch: Batch, setting: Setting) -> Tensor:
+    gap = batch.loss - batch.loss_ref
     differences = gap[:, :, None] - gap[:, None, :]  # (P, G, G), winner i against loser j
-    wins = rewards[:, :, None] > rewards[:, None, :]
-    losses = -F.logsigmoid(-beta / 2 * differences).where(wins, 0)
-    return (losses.sum((1, 2)) / wins.sum((1, 2)).clamp(min=1)).mean()
+    wins = batch.rewards[:, :, None] > batch.rewards[:, None, :]
+    losses = -F.logsigmoid(-setting.beta / 2 * differences).where(wins, 0)
+    return (losses.sum((1, 2)) / wins.sum((1, 2)).clamp(min=1)).mean() / setting.beta
+
+
+def backward(
+    networks: Networks,
+    setting: Setting,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    rewards: Tensor,
+    advantages: Tensor,
+    share: float = 1.0,
+) -> None:
+    """Add the gradient of share * (the method's loss + its KL) to .grad: all but Flow-GRPO.
+
+    x0 (P, G, ...), eps (P, 1 or G, ...), t (P, 1): as in `dgpo.diffuse`. For K timesteps, repeat
+    the groups in K * P rows. rewards, advantages: (P, G).
+    """
+    method, (P, G) = METHODS[setting.method], rewards.shape
+    old = networks.old if setting.anchor == "theta_old" else networks.reference
+    if method.loss is None:
+        gradient.backward_group_loss(
+            networks.theta,
+            networks.reference,
+            x0,
+            eps,
+            t,
+            advantages,
+            setting.beta,
+            share=share,
+            kl=setting.kl,
+            clip=setting.clip,
+            bound=setting.bound,
+            velocity_old=old,
+        )
+        return
+
+    x_t, rows = dgpo.diffuse(x0, eps, t).flatten(0, 1), torch.arange(P).repeat_interleave(G)
+    inputs = x_t, t.expand(P, G).flatten(), rows
+    v = networks.theta(*inputs).view_as(x0)
+    with torch.no_grad():
+        v_ref = networks.reference(*inputs).view_as(x0)
+        v_old = old(*inputs).view_as(x0) if method.needs_old else v_ref
+    loss = method.loss(Batch(v, v_ref, v_old, eps - x0, t, rewards, advantages), setting)
+    (share * (loss + setting.kl * dgpo.mean_square(v, v_ref).mean())).backward()
 
 
 # Flow-GRPO (Liu et al. 2025, arXiv:2505.05470): GRPO on the steps of a stochastic sampler.
 # The ODE dx = v dt has the same marginals p_t as the SDE, run from t = 1 down to 0 with any g(t),
 #     dx = [v + g^2 / (2 t) (x + (1 - t) v)] dt + g dw,
-# because x + (1 - t) v is E[eps | x] = -t score. A step of it is a Gaussian in x_s given x_t, so a
-# trajectory has a likelihood, and GRPO's policy gradient can be had. g(t) = a sqrt(t / (1 - t)).
-
-
+# because x + (1 - t) v is E[eps | x] = -t score. A step of the SDE is a Gaussian in x_s given x_t,
+# so a trajectory has a likelihood and GRPO's policy gradient exists. g(t) = a sqrt(t / (1 - t)).
 def sde_step(
     velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, s: Tensor, a: float = 0.7
 ) -> tuple[Tensor, Tensor]:
-    """Mean (of x's shape) and std (of t's) of p_theta(x_s | x_t) for s < t, Flow-GRPO's policy.
+    """Mean (shaped as x) and std (shaped as t) of p_theta(x_s | x_t) for s < t, the policy.
 
     velocity: (x, t) -> v. t, s: () or of a shape that broadcasts to x's. a: how much noise; 0 is an
-    Euler step of the ODE. At t = 1, where g is infinite, s takes the place of t in its denominator,
-    as in the released code.
+    Euler step of the ODE. At t = 1, where g is infinite, s replaces t in its denominator, as in the
+    released code.
     """
     g_squared = a**2 * t / (1 - torch.where(t < 1, t, s))
     v = velocity(x, t)
     mean = x + (v + g_squared / (2 * t) * (x + (1 - t) * v)) * (s - t)
     return mean, (g_squared * (t - s)).sqrt()
+
+
+@torch.no_grad()
+def sample_sde(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    times: Tensor,
+    fresh_noise: Callable[[int], Tensor],
+    a: float = 0.7,
+) -> Tensor:
+    """A trajectory (steps + 1, *noise.shape) along `times`, from noise to x0.
+
+    fresh_noise: the noise of a step, by its number.
+    """
+    trajectory = [noise]
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        mean, std = sde_step(velocity, trajectory[-1], t, s, a)
+        trajectory.append(mean + std * fresh_noise(i))
+    return torch.stack(trajectory)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -184,303 +239,130 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return each.flatten(2).sum(2)
 
 
-@torch.no_grad()
-def sample_sde(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    noise: Tensor,
-    steps: int,
-    generator: torch.Generator,
-    a: float = 0.7,
-) -> tuple[Tensor, Tensor]:
-    """A trajectory (steps + 1, *noise.shape) from noise at t = 1 to x0, and its times."""
-    times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype)
-    trajectory = [noise]
-    for t, s in zip(times[:-1], times[1:], strict=True):
-        mean, std = sde_step(velocity, trajectory[-1], t, s, a)
-        fresh = torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
-        trajectory.append(mean + std * fresh)
-    return torch.stack(trajectory), times
-
-
 def flow_grpo_loss(
-    log_prob: Tensor, log_prob_old: Tensor, advantages: Tensor, clip: float
+    log_prob: Tensor, log_prob_old: Tensor, advantages: Tensor, clip: float | None
 ) -> Tensor:
-    """PPO's clipped objective on one step of every trajectory, a scalar.
+    """PPO's clipped objective, max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), the mean of (P, G).
 
-    All (P, G). rho = p_theta / p_old of the step; max(-A rho, -A clip(rho, 1 - clip, 1 + clip)).
-    At theta = theta_old its gradient is REINFORCE's, -A grad log p_theta.
+    rho = p_theta / p_old of a step. At theta_old its gradient is REINFORCE's, -A grad log p_theta.
     """
     rho = (log_prob - log_prob_old).exp()
-    clipped = rho.clamp(1 - clip, 1 + clip)
+    clipped = rho if clip is None else rho.clamp(1 - clip, 1 + clip)
     return torch.maximum(-advantages * rho, -advantages * clipped).mean()
 
 
-# The one loop.
+def backward_flow_grpo(
+    networks: Networks,
+    setting: Setting,
+    trajectory: Tensor,
+    times: Tensor,
+    advantages: Tensor,
+    log_prob_old: Tensor | None,
+    share: float = 1.0,
+) -> Tensor:
+    """Add the gradient of share * (Flow-GRPO's loss + its KL), a mean over steps, to .grad.
 
+    trajectory: the K + 1 states (K + 1, P, G, ...) around the K steps to train. times: (K + 1,).
+    advantages: (P, G). The networks see K * P rows. Returns the log-probabilities of the steps
+    (K * P, G): log_prob_old of the later updates from the same rollout.
+    """
+    K, P, G = len(times) - 1, *advantages.shape
+    x, x_next = trajectory[:-1].flatten(0, 1), trajectory[1:].flatten(0, 1)  # (K * P, G, ...)
+    t, s = (part.repeat_interleave(P) for part in (times[:-1], times[1:]))
+    t, s = (part.view(-1, *[1] * (x.ndim - 1)) for part in (t, s))
+    rows = torch.arange(K * P).repeat_interleave(G)
 
-@dataclasses.dataclass
-class Networks:
-    theta: nn.Module
-    reference: nn.Module
-    old: nn.Module
-
-
-@dataclasses.dataclass
-class Rollout:
-    c: Tensor  # (P,)
-    x0: Tensor  # (P, G, D)
-    rewards: Tensor  # (P, G)
-    trajectory: Tensor | None  # (steps + 1, P, G, D), and its times (steps + 1,), of the SDE
-    times: Tensor | None
-    log_prob_old: Tensor | None = None  # of the trajectory, from the first update on
-
-
-def at_conditions(network: nn.Module, c: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network as a velocity (x (N, D), t ()) -> v for samplers, c (N,) being fixed."""
-    return lambda x, t: network(x, t.expand(len(x)), c)
-
-
-def draw(theta_old: nn.Module, setting: Setting, generator: torch.Generator) -> Rollout:
-    """Groups from theta_old, scored, and the extremes of them if no more are wanted."""
-    P, G, world = setting.prompts, setting.group_size, worlds.make(setting.world)
-    c = flow2d.sample_conditions(P, generator)
-    noise = torch.randn(P * G, world.dims, generator=generator)
-    velocity, steps = at_conditions(theta_old, c.repeat_interleave(G)), setting.rollout_steps
-    trajectory = times = None
-    if setting.sde_noise:
-        trajectory, times = sample_sde(velocity, noise, steps, generator, setting.sde_noise)
-        trajectory = trajectory.view(steps + 1, P, G, -1)
-        x0 = trajectory[-1]
-    else:
-        x0 = dgpo.sample_ode(velocity, noise, steps).view(P, G, -1)
-    rewards = world.reward(c[:, None], x0)
-    m = 2 if setting.method in PAIRS else setting.samples
-    if m is not None:
-        p, kept = torch.arange(P)[:, None], dgpo.extremes(rewards, m)
-        x0, rewards = x0[p, kept], rewards[p, kept]
-        trajectory = None if trajectory is None else trajectory[:, p, kept]
-    return Rollout(c, x0, rewards, trajectory, times)
-
-
-def backward_denoising(
-    networks: Networks, setting: Setting, rollout: Rollout, generator: torch.Generator
-) -> None:
-    """The gradient of all but Flow-GRPO, at K timesteps; of DGPO's kin, divided by beta."""
-    K, rewards = setting.timesteps, rollout.rewards.repeat(setting.timesteps, 1)
-    c, x0 = rollout.c.repeat(K), torch.cat([rollout.x0] * K)
-    (P, G), advantages = rewards.shape, dgpo.group_advantages(rewards)
-    t = dgpo.sample_timesteps((P, 1), setting.t_min, generator)
-    eps = torch.randn(P, 1 if setting.shared_noise else G, x0.shape[2], generator=generator)
-
-    def velocity(network: nn.Module) -> dgpo.Velocity:
-        return lambda x, t, p: network(x, t, c[p])
-
-    reference = velocity(networks.reference)
-    old = velocity(networks.old) if setting.anchor == "theta_old" else reference
-    if setting.method in ("DGPO", "Diffusion-DPO"):
-        dials = {"kl": setting.kl, "clip": setting.clip, "bound": setting.bound}
-        if setting.clip is not None or setting.bound:
-            dials["velocity_old"] = old
-        theta = velocity(networks.theta)
-        dgpo.backward_group_loss(theta, reference, x0, eps, t, advantages, setting.beta, **dials)
-        return
-
-    x_t, p = dgpo.diffuse(x0, eps, t).flatten(0, 1), torch.arange(P).repeat_interleave(G)
-    each_t = t.expand(P, G).flatten()
-    v = velocity(networks.theta)(x_t, each_t, p).view_as(x0)
-    with torch.no_grad():
-        v_ref = reference(x_t, each_t, p).view_as(x0)
-        v_old = old(x_t, each_t, p).view_as(x0) if setting.method == "NFT" else v_ref
-    loss_theta, loss_ref = dgpo.dsm_loss(v, x0, eps), dgpo.dsm_loss(v_ref, x0, eps)
-    if setting.method == "AWM":
-        loss = awm_loss(loss_theta, advantages)
-    elif setting.method == "NFT":
-        loss = nft_loss(v, v_old, eps - x0, t, advantages, setting.beta)
-    elif setting.method == "SDPO":
-        loss = sdpo_loss(v, eps - x0, loss_ref, setting.beta)
-    else:
-        loss = gpo_loss(loss_theta, loss_ref, rewards, setting.beta) / setting.beta
-    (loss + setting.kl * dgpo.mean_square(v, v_ref).mean()).backward()
-
-
-def trained_steps(setting: Setting) -> int:
-    return math.ceil(setting.trained_share * setting.rollout_steps)
-
-
-def backward_flow_grpo(networks: Networks, setting: Setting, rollout: Rollout) -> None:
-    """Flow-GRPO's gradient, the mean over the trained steps, all of them in one pass."""
-    (P, G), K = rollout.rewards.shape, trained_steps(setting)
-    parts = rollout.trajectory[:K], rollout.trajectory[1 : K + 1]
-    x, x_next = (part.reshape(K * P, G, -1) for part in parts)
-    times = rollout.times[:K], rollout.times[1 : K + 1]
-    t, s = (part.repeat_interleave(P)[:, None, None] for part in times)
-    each_c = rollout.c.repeat_interleave(G).repeat(K)
-
-    def step(network: nn.Module) -> tuple[Tensor, Tensor]:
+    def policy(network: dgpo.Velocity) -> tuple[Tensor, Tensor]:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return network(x.flatten(0, 1), t.expand(-1, G, 1).flatten(), each_c).view_as(x)
+            return network(x.flatten(0, 1), t.flatten().repeat_interleave(G), rows).view_as(x)
 
         return sde_step(velocity, x, t, s, setting.sde_noise)
 
-    mean, std = step(networks.theta)
+    mean, std = policy(networks.theta)
     with torch.no_grad():
-        mean_ref, _ = step(networks.reference)
+        mean_ref, _ = policy(networks.reference)
     log_prob = gaussian_log_prob(x_next, mean, std)
-    if rollout.log_prob_old is None:
-        rollout.log_prob_old = log_prob.detach()
-    advantages = dgpo.group_advantages(rollout.rewards).repeat(K, 1)
-    clip = math.inf if setting.clip is None else setting.clip
-    loss = flow_grpo_loss(log_prob, rollout.log_prob_old, advantages, clip)
-    penalty = ((mean - mean_ref) ** 2 / (2 * std**2)).sum(2).mean()
-    (loss + setting.kl * penalty).backward()
+    if log_prob_old is None:
+        log_prob_old = log_prob.detach()
+
+    loss = flow_grpo_loss(log_prob, log_prob_old, advantages.repeat(K, 1), setting.clip)
+    kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(2).sum(2).mean()
+    (share * (loss + setting.kl * kl)).backward()
+    return log_prob_old
 
 
-def iteration_cost(setting: Setting) -> int:
-    """In forwards of one sample: the rollout, and for each trained sample 4, or with theta_old 5.
+# The methods, a row each. A new one is its loss above, and a row here.
 
-    These are its forward, its backward, which counts 2, the reference's forward, and theta_old's
-    where the loss looks at it.
+COMMON: dict[str, Range | tuple] = {  # what a search may choose; the units of the KL differ
+    "learning_rate": Range(3e-4, 1e-2),
+    "decay": (None, 100_000, 300_000, 1_000_000),
+    "average": (None, 0.9, 0.97),
+    "kl": Range(1e-3, 0.3),
+    "ema": (None, 0.5, 0.8, 0.9, 0.95),
+    "prompts": (4, 8, 16),
+    "rollout_steps": (3, 5, 10),
+    "updates": (1, 2, 4),
+}
+DENOISING = {**COMMON, "t_min": Range(0, 0.6), "timesteps": (1, 2, 4)}
+EXTREMES = {"samples": (2, 4, 8, None)}
+LAGGING = {"ema": (0.5, 0.7, 0.8, 0.9, 0.95)}
+BETA = {"beta": Range(0.1, 100)}
+SDE = {"sde_noise": Range(0.3, 1.2), "trained_share": (0.5, 1.0), "clip": (0.05, 0.2, 1.0)}
+
+
+class Method(NamedTuple):
+    """A row of the table below."""
+
+    loss: Callable[[Batch, Setting], Tensor] | None  # None: DGPO's, by sd35/gradient.py
+    space: dict[str, Range | tuple]  # what a search may choose
+    defaults: dict[str, Any] = {}  # where a search starts, if not at the defaults of Setting
+    needs_old: bool = False  # the loss uses theta_old's velocity
+    pairs: bool = False  # trains on the two extremes of each group
+
+
+METHODS = {
+    "DGPO": Method(None, DENOISING | BETA),
+    "Bounded DGPO": Method(
+        None,
+        DENOISING | BETA | EXTREMES | LAGGING | {"bound": (1.0, 2.0, 4.0)},
+        {"bound": 2.0, "ema": 0.9, "samples": 4},
+    ),
+    "Flow-GRPO": Method(
+        None, COMMON | EXTREMES | SDE, {"sde_noise": 0.7, "clip": 0.2, "kl": 0.01}
+    ),  # trains on trajectories, by `backward_flow_grpo`
+    "DiffusionNFT": Method(
+        nft,
+        DENOISING | EXTREMES | LAGGING | {"beta": Range(0.1, 10)},
+        {"ema": 0.9, "beta": 1.0},
+        needs_old=True,
+    ),
+    "Diffusion-DPO": Method(None, DENOISING | BETA, pairs=True),
+    "AWM": Method(awm, DENOISING | EXTREMES),
+    "GPO": Method(gpo, DENOISING | BETA | EXTREMES),
+    "Diffusion-SDPO": Method(sdpo, DENOISING | BETA, pairs=True),
+}
+
+
+def trained_samples(setting: Setting) -> int:
+    """m: how many samples of each group are trained on."""
+    return 2 if METHODS[setting.method].pairs else setting.samples or setting.group_size
+
+
+def trained_steps(setting: Setting, steps: int) -> int:
+    """Flow-GRPO's K: how many of the sampler's steps are trained."""
+    return math.ceil(setting.trained_share * steps)
+
+
+def step_cost(setting: Setting, times: int) -> int:
+    """The cost of a rollout and its updates, in forwards of one sample.
+
+    times: at how many timesteps, or steps of a trajectory, each sample is trained. Each costs 4: a
+    forward, a backward (which counts 2) and the reference's forward; or 5 with theta_old's.
     """
-    P, G = setting.prompts, setting.group_size
-    trained = 2 if setting.method in PAIRS else setting.samples or G
-    flow_grpo = setting.method == "Flow-GRPO"
-    trained *= P * (trained_steps(setting) if flow_grpo else setting.timesteps)
-    looks = setting.method == "NFT" or (
-        not flow_grpo and (setting.clip is not None or setting.bound > 0)
-    )
-    looks = looks and setting.anchor == "theta_old"
-    return setting.rollout_steps * P * G + setting.updates * (4 + looks) * trained
-
-
-def learn(model: nn.Module, setting: Setting, generator: torch.Generator) -> Iterator[int]:
-    """Train `model` in place, without end; yields what it has cost after every iteration."""
-    reference = copy.deepcopy(model).requires_grad_(False)
-    old = model if setting.ema is None else copy.deepcopy(reference)
-    networks = Networks(model, reference, old)
-    optimizer = torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0.0)
-    cost = 0
-    while True:
-        if setting.decay is not None:
-            rate = setting.learning_rate / (1 + cost / setting.decay)
-            optimizer.param_groups[0]["lr"] = rate
-        rollout = draw(reference if setting.offline else old, setting, generator)
-        for _ in range(setting.updates):
-            optimizer.zero_grad()
-            if setting.method == "Flow-GRPO":
-                backward_flow_grpo(networks, setting, rollout)
-            else:
-                backward_denoising(networks, setting, rollout, generator)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        if setting.ema is not None:
-            dgpo.ema_update(old.parameters(), model.parameters(), setting.ema)
-        cost += iteration_cost(setting)
-        yield cost
-
-
-class Evaluation(NamedTuple):
-    cost: int  # in forwards
-    reward: float
-    right: float  # share of samples
-    spread: float  # std of positions, over the data's
-    distance: float  # from the data
-
-
-@dataclasses.dataclass
-class Run:
-    arrived: float | None  # cost
-    budget: float
-    seconds: float
-    evaluations: list[Evaluation]
-
-    @property
-    def end(self) -> Evaluation:
-        return self.evaluations[-1]
-
-    def restricted(self) -> float:
-        """The cost to arrive, or all of the budget."""
-        return self.budget if self.arrived is None else self.arrived
-
-
-def way(world: str, run: Run, evaluation: Evaluation | None = None) -> float:
-    """How far a run came from its base reward (0) to the best data's (1)."""
-    base = run.evaluations[0].reward
-    return ((evaluation or run.end).reward - base) / (worlds.make(world).best - base)
-
-
-def arrival(world: str, evaluations: list[Evaluation]) -> float | None:
-    """The cost from which on a run is there: at the end, and nine times in ten until then."""
-    run = Run(None, 0, 0, evaluations)
-    there = [way(world, run, e) >= WAY and e.right >= RIGHT for e in evaluations]
-    for k, one in enumerate(evaluations):
-        stays = there[k] and there[-1] and sum(there[k:]) >= STAYS * len(there[k:])
-        if stays and run.end.cost >= LONG * one.cost:
-            return one.cost
-    return None
-
-
-# A run of it, evaluated on the way.
-
-Reference = tuple[nn.Module, Tensor]
-
-
-def pretrained(world: str, seed: int) -> Reference:
-    """The reference of a seed, and the generator's state after it."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = worlds.make(world).network()
-    sample_data = worlds.make(world).sample_data
-    for _ in flow2d.pretrain(model, flow2d.PRETRAINING_STEPS, generator, sample_data):
-        pass
-    return model, generator.get_state()
-
-
-def starting_from(reference: Reference) -> tuple[nn.Module, torch.Generator]:
-    generator = torch.Generator()
-    generator.set_state(reference[1])
-    return copy.deepcopy(reference[0]), generator
-
-
-def run_setting(
-    reference: Reference, seed: int, setting: Setting, budget: float, followed: float = FOLLOWED
-) -> Run:
-    """One training run: what it cost and what it had reached at every evaluation.
-
-    It ends when the budget is spent, or at `followed` times the cost at which it has arrived.
-    """
-    torch.set_num_threads(1)
-    world = worlds.make(setting.world)
-    model, generator = starting_from(reference)
-    averaged = copy.deepcopy(model) if setting.average else model
-    c = torch.arange(flow2d.CONDITIONS).repeat_interleave(SAMPLES)
-    noise = torch.randn(len(c), world.dims, generator=torch.Generator().manual_seed(seed))
-
-    def evaluate(cost: int) -> Evaluation:
-        x = flow2d.sample(averaged, c, noise, EVALUATION_STEPS)
-        right, distance, position = world.judge(c, x)
-        spread = position.view(flow2d.CONDITIONS, SAMPLES, 2).std(1).mean() / world.spread
-        values = world.reward(c, x).mean(), right.float().mean(), spread, distance.mean()
-        return Evaluation(cost, *(float(f"{float(value):.4g}") for value in values))
-
-    found = Run(None, budget, 0.0, [evaluate(0)])
-    start, due = time.perf_counter(), float(FIRST)
-    try:
-        for cost in learn(model, setting, generator):
-            if setting.average:
-                dgpo.ema_update(averaged.parameters(), model.parameters(), setting.average)
-            if cost < min(due, budget):
-                continue
-            now, due = evaluate(cost), max(cost + FIRST, APART * cost)
-            if not all(map(math.isfinite, now)):
-                found.arrived = None
-                break
-            found.evaluations.append(now)
-            found.arrived = arrival(setting.world, found.evaluations)
-            end = max(followed * found.restricted(), AT_LEAST * budget_in(setting.world))
-            if cost >= min(end, budget):
-                break
-    except ValueError:  # rewards no longer finite
-        found.arrived = None
-    found.seconds = round(time.perf_counter() - start, 1)
-    return found
+    P, method = setting.prompts, METHODS[setting.method]
+    clipped_or_bound = setting.clip is not None or setting.bound > 0
+    needs_old = setting.anchor == "theta_old" and setting.method != "Flow-GRPO"
+    needs_old &= method.needs_old or (method.loss is None and clipped_or_bound)
+    trained = P * trained_samples(setting) * times
+    rollout = setting.rollout_steps * P * setting.group_size
+    return rollout + setting.updates * (4 + needs_old) * trained

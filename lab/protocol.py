@@ -1,51 +1,117 @@
-"""How a method's setting is found: what is drawn, how it is halved, and what an edge does.
+"""The protocol of the comparison, the same for the 2-D worlds and for the tiny SD3.5.
 
-A search draws settings at random, and halves: all of them run on one seed for two fifths of what is
-reported, the best of these on three seeds and as long as what is reported, and the best of these on
-twelve. Beside those drawn there are two for every method: the default of the repository's scripts,
-which goes all the way, and the same with what makes a step cheap. What earlier versions of this
-comparison chose is tried, too, and what was chosen for the method in other worlds; DGPO with dials
-begins with what plain DGPO chose, as well. Then twice more with settings around the best, among all
-that went before; and once again if the best is at an edge.
-
-Best is the least mean cost to arrive over seeds, a failure counting as two budgets: PAR2, as it is
-called where algorithms are configured. With one budget, a fast setting that fails on one seed in
-eight was chosen before a slower one that never did, and failed on five fresh seeds of ten.
+Runs: cost is counted in forwards of one sample, and a run succeeds if it reaches its goal and holds
+it. Search: every method's hyperparameters are chosen alike, on seeds that are never reported.
+Results: what is kept. Intervals: how certain a number is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import random
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
-from methods import RIGHT, WAY, Run, Setting, way
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-TUNING_SEEDS = tuple(range(100, 112))
-DRAWN = 31  # at random
-AROUND = 12
-RUNGS = ((1, 0.4, 8), (3, 1.0, 3), (12, 1.0, 1))  # seeds, share of the budget, how many go on
-ROUNDS, MOST_ROUNDS = 3, 4
-PENALTY = 2  # a run that does not arrive counts as this many budgets, so that staying is prized
-NEAR, REDRAWN = 0.15, 0.25  # of a range, to either side; and the chance of another choice
+from sd35.run import replace_file
+
+# Runs
+
+
+class Evaluation(NamedTuple):
+    cost: int  # of the training so far, in forwards of one sample; a backward counts two
+    reward: float  # the mean of what is trained on
+    quality: float | None = None  # by a judge that no run trains on
+    spread: float | None = None  # diversity: the std of samples over the data's
+    seconds: float | None = None  # CPU time of the training so far
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """When an evaluation meets the goal of a world, and for how long a run must hold it."""
+
+    best: float  # the reward that counts as a progress of 1; a run's first evaluation has 0
+    progress: float = 1.0
+    quality: float = -math.inf
+    hold: float = 1.2  # a run must go on until this many times the cost at which it got there ...
+    held: float = 0.9  # ... and meet the goal in this share of the evaluations, and in the last
+
+    def progress_of(self, run: Run, evaluation: Evaluation | None = None) -> float:
+        base = run.evaluations[0].reward
+        return ((evaluation or run.end).reward - base) / (self.best - base)
+
+    def cost_to_reach(self, run: Run) -> float | None:
+        """The cost from which on a run meets the goal and holds it; None if it does not."""
+        met = [
+            self.progress_of(run, e) >= self.progress
+            and (e.quality is None or e.quality >= self.quality)
+            for e in run.evaluations
+        ]
+        for k, evaluation in enumerate(run.evaluations):
+            holds = met[k] and met[-1] and sum(met[k:]) >= self.held * len(met[k:])
+            if holds and run.end.cost >= self.hold * evaluation.cost:
+                return evaluation.cost
+        return None
+
+
+@dataclasses.dataclass
+class Run:
+    budget: float
+    evaluations: list[Evaluation]
+    reached: float | None = None  # the cost to reach the goal
+
+    @property
+    def end(self) -> Evaluation:
+        return self.evaluations[-1]
+
+    @property
+    def cost(self) -> float:
+        """The cost to reach the goal; a run that fails counts as the full budget."""
+        return self.budget if self.reached is None else self.reached
+
+    def at(self, cost: float) -> Evaluation:
+        """The last evaluation up to a cost."""
+        return [one for one in self.evaluations if one.cost <= cost][-1]
+
+    def stored(self, curve: bool = True) -> dict[str, Any]:
+        """As JSON, with what tables and figures need: of the curve, the cost and the reward."""
+        whole = [self.evaluations[0], self.end, *[self.at(self.cost)] * curve]
+        rows = [e if e in whole else e[:2] for e in self.evaluations if curve or e in whole]
+        return {"budget": self.budget, "reached": self.reached, "evaluations": rows}
+
+    @classmethod
+    def load(cls, stored: dict[str, Any]) -> Run:
+        return cls(**stored | {"evaluations": [Evaluation(*row) for row in stored["evaluations"]]})
+
+
+# The search of a method's hyperparameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, uniform in their logarithm, or as they are if the low end is 0.
+    """Numbers between two ends, uniform in their logarithm, or uniform if the low end is 0.
 
-    An end at 0 is a natural one: a setting there is at no edge.
+    A low end of 0 is a natural limit: a setting there is at no edge.
     """
 
     low: float
     high: float
 
     def at(self, u: float) -> float:
-        """The number at a share u of the way."""
+        """The number at a share u of the range."""
         if self.low == 0:
             return round(u * self.high, 3)
         return float(f"{self.low * (self.high / self.low) ** u:.3g}")
@@ -56,208 +122,345 @@ class Range:
         return math.log(value / self.low) / math.log(self.high / self.low)
 
     def edge(self, value: float) -> str | None:
-        """Which outer tenth of the range a value is in."""
+        """The outer tenth of the range that a value is in, if any."""
         share = self.share(value)
         if share < 0.1 and self.low > 0:
             return "low"
         return "high" if share > 0.9 else None
 
     def widened(self, edge: str) -> Range:
-        """Threefold on one side; of t_min, half of what is left below 1."""
+        """Threefold on one side; a range from 0, whose values end at 1, halfway to it."""
         if self.low == 0:
             return Range(0, (1 + self.high) / 2)
         return Range(self.low / 3, self.high) if edge == "low" else Range(self.low, 3 * self.high)
 
 
-Dial = Range | tuple
+Space = dict[str, Range | tuple]  # what each hyperparameter may be: a range, or one of a few
 
-# What the trainers of all methods have. The KLs differ in unit, see Setting.
-COMMON: dict[str, Dial] = {
-    "learning_rate": Range(3e-4, 1e-2),
-    "decay": (None, 100_000, 300_000, 1_000_000),
-    "average": (None, 0.9, 0.97),
-    "kl": Range(1e-3, 0.3),
-    "ema": (None, 0.5, 0.8, 0.9, 0.95),
-    "prompts": (4, 8, 16),
-    "rollout_steps": (3, 5, 10),
-    "updates": (1, 2, 4),
-}
-DENOISING: dict[str, Dial] = {**COMMON, "t_min": Range(0, 0.6), "timesteps": (1, 2, 4)}
-EXTREMES: dict[str, Dial] = {"samples": (2, 4, 8, None)}
-LAGGING: dict[str, Dial] = {"ema": (0.5, 0.7, 0.8, 0.9, 0.95)}
-
-
-CHEAP = {  # few samples, cheaply drawn, each put to more use
-    "prompts": 4,
-    "rollout_steps": 5,
-    "samples": 4,
-    "timesteps": 1,
-    "updates": 4,
-    "ema": 0.8,
-    "average": 0.9,
-}
-
-
-# What earlier versions of this comparison chose, so that nothing that was found is lost: by world
-# and method, what is not at its default.
-EARLIER = json.loads((Path(__file__).parent / "earlier.json").read_text("utf-8"))
-
-
-def earlier(world: str, name: str) -> list[Setting]:
-    chosen = EARLIER.get(world, {}).get(name, [])
-    return [Setting(world, METHODS[name].name, **changed) for changed in chosen]
+TUNING_SEEDS = tuple(range(100, 112))
+PENALTY = 2  # a failed run counts as this many budgets (PAR2), so that reliability is rewarded
+NEAR, REDRAWN = 0.15, 0.25  # of a range, to either side; and the chance of another choice
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    name: str  # of Setting
-    dials: dict[str, Dial]
-    fixed: dict[str, float] = dataclasses.field(default_factory=dict)  # in the scripts' defaults
+class Plan:
+    """How thorough the search is."""
 
-
-BETA = {"beta": Range(0.1, 100)}
-METHODS = {
-    "DGPO": Method("DGPO", DENOISING | BETA),
-    "DGPO with dials": Method(
-        "DGPO",
-        DENOISING | BETA | EXTREMES | LAGGING | {"bound": (1.0, 2.0, 4.0)},
-        {"bound": 2.0, "ema": 0.9, "samples": 4},
-    ),
-    "Flow-GRPO": Method(
-        "Flow-GRPO",
-        COMMON
-        | EXTREMES
-        | {"sde_noise": Range(0.3, 1.2), "trained_share": (0.5, 1.0), "clip": (0.05, 0.2, 1.0)},
-        {"sde_noise": 0.7, "clip": 0.2},
-    ),
-    "Diffusion-DPO": Method("Diffusion-DPO", DENOISING | BETA),
-    "DiffusionNFT": Method(
-        "NFT", DENOISING | EXTREMES | LAGGING | {"beta": Range(0.1, 10)}, {"ema": 0.9}
-    ),
-    "AWM": Method("AWM", DENOISING | EXTREMES),
-    "GPO": Method("GPO", DENOISING | BETA | EXTREMES),
-}
-
-
-def drawn(name: str, world: str, dials: dict[str, Dial], n: int) -> list[Setting]:
-    """n settings at random. Each dial is cut in n equal parts, and each part is met once.
-
-    A dial has the same numbers for every method and in every world, so that luck is shared.
-    """
-    columns = {}
-    for dial, among in dials.items():
-        rng = random.Random(f"first {dial}")
-        shares = [(i + rng.random()) / n for i in rng.sample(range(n), n)]
-        if isinstance(among, Range):
-            columns[dial] = [among.at(u) for u in shares]
-        else:
-            columns[dial] = [among[int(u * len(among))] for u in shares]
-    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    return [Setting(world, METHODS[name].name, **row) for row in rows]
-
-
-def around(best: Setting, dials: dict[str, Dial], n: int, round_: int) -> list[Setting]:
-    """n settings near one, on both sides of it, in the ranges given."""
-    settings = []
-    for i in range(n):
-        row = {}
-        for dial, among in dials.items():
-            rng, value = random.Random(f"round {round_} {i} {dial}"), getattr(best, dial)
-            if isinstance(among, Range):
-                share = among.share(value) + rng.uniform(-NEAR, NEAR)
-                row[dial] = among.at(min(max(share, 0.0), 1.0))
-            elif rng.random() < REDRAWN:
-                row[dial] = rng.choice(among)
-        settings.append(dataclasses.replace(best, **row))
-    return settings
-
-
-class Scored(NamedTuple):
-    """How good a setting is: by its cost, then by how far it ended, less being better."""
-
-    cost: float  # mean over seeds of the cost to arrive, a failure counting as PENALTY budgets
-    far: float  # how far from the goal the runs end, where none arrives
-    setting: Setting
-    runs: list[Run]
-
-    def order(self) -> tuple[float, float]:
-        return self.cost, self.far
-
-
-def scored(setting: Setting, runs: list[Run]) -> Scored:
-    world, n = setting.world, len(runs)
-    close = sum(min(way(world, run), WAY) + min(run.end.right, RIGHT) for run in runs) / n
-    costs = [PENALTY * run.budget if run.arrived is None else run.arrived for run in runs]
-    return Scored(sum(costs) / n, -close, setting, runs)
-
-
-# title, settings, seeds, share of the budget -> the runs, by setting and seed
-Runner = Callable[[str, list[Setting], tuple[int, ...], float], list[list[Run]]]
+    drawn: int  # settings at random
+    around: int  # settings near the best, in each later round
+    rounds: int
+    most_rounds: int  # if the best is still at an edge
+    rungs: tuple[tuple[int, float, int], ...]  # seeds, share of the budget, how many go on
+    cheap: dict[str, Any]  # what makes a step cheap: the default is tried with it, too
+    works: float | None = None  # the progress at which a setting works; None: it must succeed
 
 
 @dataclasses.dataclass
 class Search:
-    best: Setting
-    drawn: list[Run]  # of the settings that were drawn at random, in the first rung
-    tried: list[Setting]  # all of them, the scripts' default first
+    """The result of a search. Settings are what differs from the defaults."""
+
+    best: dict[str, Any]
+    tried: int  # settings
+    works: tuple[int, int]  # how many settings work in the first rung, and of how many
+    ends: list[tuple[float, float]]  # progress and quality of these, in the end of that rung
     spent: float  # in forwards
-    widened: list[str]  # what was widened, in words
-    edges: list[str]  # the dials that are still at an edge
+    widened: list[str]  # the ranges that were widened, in words
+    edges: list[str]  # hyperparameters of the best that are still at an edge
 
 
-Rung = list[Scored]  # best first
+def drawn(default: Any, space: Space, n: int) -> list[Any]:
+    """n random settings: each hyperparameter's range is cut in n parts, and each is met once.
 
-
-def halve(runs_of: Runner, name: str, settings: list[Setting]) -> list[Rung]:
-    """The rungs of a search. The first of the settings is in all of them."""
-    default, rungs = settings[0], []
-    for seeds, share, go_on in RUNGS:
-        found = runs_of(f"search, {name}", settings, TUNING_SEEDS[:seeds], share)
-        pairs = zip(settings, found, strict=True)
-        rung = sorted((scored(*pair) for pair in pairs), key=Scored.order)
-        best = [one.setting for one in rung[:go_on]]
-        settings = best if default in best else [default, *best]
-        rungs.append(rung)
-    return rungs
-
-
-def at_edges(setting: Setting, dials: dict[str, Dial]) -> dict[str, str]:
-    """The dials in an outer tenth of their range, and which."""
-    ranges = {dial: among for dial, among in dials.items() if isinstance(among, Range)}
-    edges = {dial: among.edge(getattr(setting, dial)) for dial, among in ranges.items()}
-    return {dial: edge for dial, edge in edges.items() if edge}
-
-
-def search(runs_of: Runner, world: str, name: str, elsewhere: list[Setting]) -> Search:
-    """The two of every method, those of other worlds, and those drawn; then more near the best.
-
-    A range in whose outer tenth the best lies is widened before settings are drawn around it.
+    A hyperparameter has the same random numbers for every method and world, so that luck is shared.
     """
-    method = METHODS[name]
-    dials, widened, spent, rungs, finalists = dict(method.dials), [], {}, [], {}
-    default = Setting(world, method.name, **method.fixed)
-    cheap = {dial: value for dial, value in CHEAP.items() if dial in dials}
-    at_random = drawn(name, world, dials, DRAWN)
-    settings = [default, dataclasses.replace(default, **cheap), *at_random]
-    settings += [dataclasses.replace(setting, world=world) for setting in elsewhere]
-    settings += earlier(world, name)
-    for round_ in range(1, MOST_ROUNDS + 1):
-        rungs.append(halve(runs_of, name, settings))
-        for rung, (_, share, _) in zip(rungs[-1], RUNGS, strict=True):
-            for one in rung:
-                spent |= {
-                    (one.setting, share, seed): run.end.cost for seed, run in enumerate(one.runs)
-                }
+    columns = {}
+    for name, choices in space.items():
+        rng = random.Random(f"first {name}")
+        shares = [(i + rng.random()) / n for i in rng.sample(range(n), n)]
+        is_range = isinstance(choices, Range)
+        columns[name] = [
+            choices.at(u) if is_range else choices[int(u * len(choices))] for u in shares
+        ]
+    rows = zip(*columns.values(), strict=True)
+    return [dataclasses.replace(default, **dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def around(best: Any, space: Space, n: int, round_: int) -> list[Any]:
+    """n settings near the best, to either side."""
+    settings = []
+    for i in range(n):
+        row = {}
+        for name, choices in space.items():
+            rng, value = random.Random(f"round {round_} {i} {name}"), getattr(best, name)
+            if isinstance(choices, Range):
+                share = choices.share(value) + rng.uniform(-NEAR, NEAR)
+                row[name] = choices.at(min(max(share, 0.0), 1.0))
+            elif rng.random() < REDRAWN:
+                row[name] = rng.choice(choices)
+        settings.append(dataclasses.replace(best, **row))
+    return settings
+
+
+def at_edges(setting: Any, space: Space) -> dict[str, str]:
+    """The hyperparameters in an outer tenth of their range, and which."""
+    ranges = {name: choices for name, choices in space.items() if isinstance(choices, Range)}
+    edges = {name: choices.edge(getattr(setting, name)) for name, choices in ranges.items()}
+    return {name: edge for name, edge in edges.items() if edge}
+
+
+def score(goal: Goal, runs: list[Run]) -> tuple[float, float]:
+    """Less is better: the mean cost, failures penalised; if all fail, how far from the goal."""
+    costs = [PENALTY * run.budget if run.reached is None else run.reached for run in runs]
+    missing = [
+        max(goal.progress - goal.progress_of(run), 0) + max(goal.quality - run.end.quality, 0)
+        for run in runs
+    ]
+    return sum(costs) / len(runs), sum(missing) / len(runs)
+
+
+# settings, seeds, share of the budget -> the runs, by setting and seed
+RunsOf = Callable[[list[Any], tuple[int, ...], float], list[list[Run]]]
+
+
+def search(
+    runs_of: RunsOf,
+    base: Any,
+    default: Any,
+    space: Space,
+    plan: Plan,
+    goal: Goal,
+    others: list[Any],
+) -> Search:
+    """Successive halving of random settings, then of settings around the best, round by round.
+
+    base: the defaults of all methods, from which Search.best is what differs. default: those of
+    this method, which reach the last rung of every round. others: what was chosen elsewhere, to be
+    tried here, too. A range in whose outer tenth the best lies is widened before the next round.
+    """
+    space, widened, spent, finalists = dict(space), [], {}, {}
+    cheap = {name: value for name, value in plan.cheap.items() if name in space}
+    at_random = drawn(default, space, plan.drawn)
+    settings = [default, dataclasses.replace(default, **cheap), *at_random, *others]
+    for round_ in range(1, plan.most_rounds + 1):
+        entrants = settings
+        for number, (seeds, share, go_on) in enumerate(plan.rungs):
+            runs = dict(zip(entrants, runs_of(entrants, TUNING_SEEDS[:seeds], share), strict=True))
+            for setting, of_setting in runs.items():
+                spent |= {(setting, share, i): run.end.cost for i, run in enumerate(of_setting)}
+            if (round_, number) == (1, 0):
+                first = [runs[setting][0] for setting in at_random]
+            scores = {setting: score(goal, of_setting) for setting, of_setting in runs.items()}
+            survivors = sorted(scores, key=scores.get)[:go_on]
+            entrants = [default, *(setting for setting in survivors if setting != default)]
         # The best of an earlier round stays the best until another beats it on all seeds.
-        finalists |= {one.setting: one for one in rungs[-1][-1]}
-        best = min(finalists.values(), key=Scored.order).setting
-        edges = at_edges(best, dials)
-        if round_ == MOST_ROUNDS or (round_ >= ROUNDS and not edges):
+        finalists |= scores
+        best = min(finalists, key=finalists.get)
+        edges = at_edges(best, space)
+        if round_ == plan.most_rounds or (round_ >= plan.rounds and not edges):
             break
-        for dial, edge in edges.items():
-            dials[dial] = dials[dial].widened(edge)
-            end = dials[dial].low if edge == "low" else dials[dial].high
-            widened.append(f"{dial} to {end:.3g}")
-        settings = settings + around(best, dials, AROUND, round_)
-    runs = [one.runs[0] for one in rungs[0][0] if one.setting in at_random]
-    return Search(best, runs, settings, sum(spent.values()), widened, list(edges))
+        for name, edge in edges.items():
+            space[name] = space[name].widened(edge)
+            end = space[name].low if edge == "low" else space[name].high
+            widened.append(f"{name} to {end:.3g}")
+        settings = settings + around(best, space, plan.around, round_)
+
+    ends = [(goal.progress_of(run), run.end.quality) for run in first]
+    if plan.works is None:
+        works = sum(run.reached is not None for run in first)
+    else:
+        works = sum(progress >= plan.works for progress, _ in ends)
+    ends = [(round(progress, 3), quality) for progress, quality in ends]
+    chosen, tried, cost = changed_fields(best, base), len(set(settings)), sum(spent.values())
+    return Search(chosen, tried, (works, len(first)), ends, cost, widened, list(edges))
+
+
+def changed_fields(setting: Any, base: Any) -> dict[str, Any]:
+    """What a setting has other than another one."""
+    fields = dataclasses.asdict(setting)
+    return {name: value for name, value in fields.items() if value != getattr(base, name)}
+
+
+# Computing runs, and keeping results
+
+
+def in_worker() -> None:
+    """Leave Ctrl-C to the process that started this one, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+class Computer:
+    """Calls functions, one per core, and logs what they return, so that nothing is computed twice.
+
+    folder: of the logs, or None for none; an entry is a line. workers: 0 computes in this process.
+    """
+
+    def __init__(self, folder: Path | None, workers: int):
+        self.folder, self.workers = folder, workers
+        self.logs: dict[str, dict[str, Any]] = {}
+        self.pool: ProcessPoolExecutor | None = None
+
+    def read(self, log: str) -> dict[str, Any]:
+        path, entries = Path(self.folder or ".") / f"{log}.jsonl", {}
+        if self.folder and path.exists():
+            for line in path.read_text("utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the line that a killed process was writing
+                    entries |= json.loads(line)
+        return entries
+
+    def __call__(self, title: str, log: str, function: Callable, tasks: list[tuple]) -> list[Any]:
+        """What function(*task) returns for each task, as JSON: all that is not in the log yet."""
+        if log not in self.logs:
+            self.logs[log] = self.read(log)
+        known, name = self.logs[log], function.__name__
+        keys = [json.dumps([name, *task], default=dataclasses.asdict) for task in tasks]
+        missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}
+        with tqdm(desc=f"{log}: {title}", total=len(missing), disable=not missing) as progress:
+            for key, result in self.compute(function, missing):
+                known[key] = json.loads(json.dumps(result, default=dataclasses.asdict))
+                if self.folder:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    with (self.folder / f"{log}.jsonl").open("a", encoding="utf-8") as file:
+                        file.write("\n" + json.dumps({key: known[key]}))
+                progress.update()
+        return [known[key] for key in keys]
+
+    def compute(self, function: Callable, tasks: dict[str, tuple]) -> Iterator[tuple[str, Any]]:
+        if not self.workers:
+            for key, task in tasks.items():
+                yield key, function(*task)
+            return
+        if self.pool is None:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.workers, context, in_worker)
+        try:
+            futures = {self.pool.submit(function, *task): key for key, task in tasks.items()}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()  # rather than wait until it has finished its run
+            raise
+
+    def runs(
+        self, title: str, log: str, function: Callable, tasks: list[list[tuple]]
+    ) -> list[list[Run]]:
+        """Of a table of tasks that return runs."""
+        flat = iter(self(title, log, function, [task for row in tasks for task in row]))
+        return [[Run.load(next(flat)) for _ in row] for row in tasks]
+
+
+class Missing(Exception):
+    """A result that is not kept, while nothing is to be computed."""
+
+
+class Results:
+    """What is kept: <folder>/<world>.json, by kind (searches, reports, ...) and name."""
+
+    def __init__(self, folder: Path, compute: bool):
+        self.folder, self.compute = folder, compute
+        self.worlds: dict[str, dict[str, Any]] = {}
+
+    def of(self, world: str) -> dict[str, Any]:
+        if world not in self.worlds:
+            path = self.folder / f"{world}.json"
+            self.worlds[world] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return self.worlds[world]
+
+    def get(self, world: str, kind: str, name: str, make: Callable[[], Any]) -> Any:
+        """The result that is kept, or make(), which is JSON, and then kept. Raises Missing."""
+        results = self.of(world).setdefault(kind, {})
+        if name not in results:
+            if not self.compute:
+                raise Missing(f"{name} ({kind}) in {world}")
+            results[name] = make()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.worlds[world], separators=(",", ":")) + "\n"
+            replace_file(self.folder / f"{world}.json", lambda path: path.write_text(text, "utf-8"))
+        return results[name]
+
+
+# Intervals
+
+# The 97.5 % point of Student's t, by the number of values.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}
+CLEAR = 4.0  # a ratio is shown if the ends of its interval differ by less than this factor ...
+ENOUGH = 0.8  # ... and this share of both methods' runs succeed
+
+Interval = tuple[float, float, float]  # a mean, and the ends of its 95 % interval
+
+
+def resampled_means(values: list[float], n: int, seed: int = 0) -> Tensor:
+    """The means of 4000 samples of n, drawn from the values with replacement."""
+    x, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    return x[torch.randint(len(x), (4000, n), generator=generator)].mean(1)
+
+
+def ends_of(means: Tensor, n: int) -> list[float]:
+    """The 95 % interval of resampled means of n values: the expanded percentile bootstrap.
+
+    The percentiles lie further out than 2.5 and 97.5, as far as Student's interval is wider than
+    the resampled means would be if all were normal (Hesterberg, arXiv:1411.5279, section 5). With
+    four seeds, these are about the least and the greatest.
+    """
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * STUDENT[n])
+    return means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+
+
+def interval(values: list[float]) -> Interval:
+    n = len(values)
+    return (sum(values) / n, *ends_of(resampled_means(values, n), n))
+
+
+def forecast(runs: list[Run], n: int) -> tuple[float, float]:
+    """Where the mean cost of n other seeds lies in 19 of 20 cases, if these runs are typical.
+
+    It is wider than the interval: n seeds have a spread, and the mean of these runs an error.
+    """
+    costs = [run.cost for run in runs]
+    means = resampled_means(costs, n) + resampled_means(costs, len(costs), seed=1)
+    means = (means - sum(costs) / len(costs)).clamp(0, runs[0].budget)
+    low, high = ends_of(means, len(costs))
+    return low, high
+
+
+def successes(runs: list[Run]) -> int:
+    return sum(run.reached is not None for run in runs)
+
+
+def ratio(runs: list[Run], other: list[Run]) -> Interval | None:
+    """The other's mean cost over the first's; None where too few succeed, or it is not clear."""
+    if any(successes(each) < ENOUGH * len(each) for each in (runs, other)):
+        return None
+    costs = [[run.cost for run in each] for each in (runs, other)]
+    first, second = (resampled_means(each, len(each), seed) for seed, each in enumerate(costs))
+    low, high = ends_of(second / first, len(runs))
+    first_mean, second_mean = (sum(each) / len(each) for each in costs)
+    return (second_mean / first_mean, low, high) if high < CLEAR * low else None
+
+
+def ratio_of_few(runs: list[Run], other: list[Run], spacing: float) -> str:
+    """The other's geometric mean cost over the first's, and Welch's interval, for three seeds.
+
+    spacing: the factor between the costs of evaluations, up to which a cost is known. The interval
+    has the fewest degrees of freedom, two. If the other fails on a seed, the ratio is a lower
+    bound; if the first does, there is none.
+    """
+    if successes(runs) < len(runs):
+        return "-"
+    logs = [torch.tensor([math.log(run.cost) for run in each]) for each in (runs, other)]
+    middle = (logs[1].mean() - logs[0].mean()).exp().item()
+    if successes(other) < len(other):
+        return f"> {middle:.1f}"
+    rounding = math.log(spacing) ** 2 / 12
+    error = sum((each.var() + rounding) / len(each) for each in logs).sqrt().item()
+    low, high = (middle * math.exp(sign * STUDENT[len(runs)] * error) for sign in (-1, 1))
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

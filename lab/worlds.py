@@ -1,23 +1,33 @@
-"""The worlds that compare.py compares in: the ring in D dimensions, and pictures of a blob.
+"""The 2-D worlds, and a training run of any method in them.
 
-A world is its data, a reward to train on, and a judge that no method trains on. Conditions are
-flow2d's; samples are flat, (N, D).
+The worlds are the ring of toy/flow2d.py, in D dimensions, and pictures of a blob. A world is its
+data, a reward to train on, and a judge that no method trains on. Conditions are flow2d's; samples
+are flat, (N, D).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
-import flow2d
 import torch
 from torch import Tensor, nn
 
+import dgpo
+from lab import methods
+from lab.methods import Setting
+from lab.protocol import Evaluation, Goal, Run
+from sd35 import gradient
+from toy import flow2d
+
 AMBIENT_STD = 0.02
 SIDE, BLOB_WIDTH, MARGIN = 8, 1.0, 0.5  # of a picture, in pixels
-OBEYED = 0.4  # share of pictures in the data that are as asked for
+OBEYED = 0.4  # share of pictures in the data that are in the quadrant that was asked for
+SUCCESS = {"progress": 0.9, "quality": 0.8}  # the goal: of the way to the best, of samples right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +38,9 @@ class World:
     reward: Callable[[Tensor, Tensor], Tensor]  # c (...), x (..., D) -> (...)
     # c (N,), x (N, D) -> is it right (N,), distance from the data (N,), position (N, 2)
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    best: float  # mean reward of the best samples that are still data
-    spread: float  # std of their positions under one condition
+    goal: Goal  # whose best is the mean reward of the best samples that are still data
+    spread: float  # std of the positions of these under one condition
+    budget: int = 1_500_000  # forwards of a run that is reported
 
 
 class SkipNet(flow2d.VelocityNet):
@@ -77,7 +88,8 @@ def ring(dims: int) -> World:
     def network() -> nn.Module:
         return flow2d.VelocityNet() if dims == 2 else SkipNet(64, dims)
 
-    return World(dims, network, sample_data, reward, judge, 0.0, flow2d.STD)
+    goal, budget = Goal(best=0.0, **SUCCESS), 1_500_000 if dims < 128 else 3_000_000
+    return World(dims, network, sample_data, reward, judge, goal, flow2d.STD, budget)
 
 
 def blobs() -> World:
@@ -122,11 +134,155 @@ def blobs() -> World:
 
     ideal = (torch.cartesian_prod(*[torch.linspace(0, limit, 50)] * 2)) * quadrants[0]
     best = reward(torch.zeros(len(ideal), dtype=torch.long), draw(ideal)).mean().item()
-    spread = limit / math.sqrt(12)
-    return World(SIDE**2, lambda: SkipNet(128, SIDE**2), sample_data, reward, judge, best, spread)
+    goal, spread = Goal(best, **SUCCESS), limit / math.sqrt(12)
+    return World(SIDE**2, lambda: SkipNet(128, SIDE**2), sample_data, reward, judge, goal, spread)
 
 
 @functools.cache
 def make(name: str) -> World:
-    """ "ring-D" for a D of at least 2, or "blobs"."""
+    """The world "ring-D", for a D of at least 2, or "blobs"."""
     return blobs() if name == "blobs" else ring(int(name.removeprefix("ring-")))
+
+
+# The loop, the same for all methods.
+
+
+def learn(
+    model: nn.Module, world: World, setting: Setting, generator: torch.Generator
+) -> Iterator[int]:
+    """Train `model` in place, without end; yield what it has cost after every iteration."""
+    P, G, flow_grpo = setting.prompts, setting.group_size, setting.method == "Flow-GRPO"
+    reference = copy.deepcopy(model).requires_grad_(False)
+    old = model if setting.ema is None else copy.deepcopy(reference)
+    optimizer = torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0.0)
+    K, cost = setting.timesteps, 0
+    if flow_grpo:
+        K = methods.trained_steps(setting, setting.rollout_steps)
+    while True:
+        if setting.decay is not None:
+            rate = setting.learning_rate / (1 + cost / setting.decay)
+            optimizer.param_groups[0]["lr"] = rate
+        sampler = reference if setting.offline else old
+        c, rewards, trajectory, times = draw(sampler, world, setting, generator)
+        if (m := methods.trained_samples(setting)) < G:
+            rows, chosen = torch.arange(P)[:, None], gradient.extremes(rewards, m)
+            rewards, trajectory = rewards[rows, chosen], trajectory[:, rows, chosen]
+        advantages, x0, log_prob_old = dgpo.group_advantages(rewards), trajectory[-1], None
+        networks = methods.Networks(*(at_rows(net, c.repeat(K)) for net in (model, reference, old)))
+
+        for _ in range(setting.updates):
+            optimizer.zero_grad()
+            if flow_grpo:
+                steps = trajectory[: K + 1], times[: K + 1]
+                log_prob_old = methods.backward_flow_grpo(
+                    networks, setting, *steps, advantages, log_prob_old
+                )
+            else:
+                t = dgpo.sample_timesteps((K * P, 1), setting.t_min, generator)
+                each = 1 if setting.shared_noise else x0.shape[1]
+                eps = torch.randn(K * P, each, world.dims, generator=generator)
+                groups = torch.cat([x0] * K), eps, t, rewards.repeat(K, 1), advantages.repeat(K, 1)
+                methods.backward(networks, setting, *groups)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        if setting.ema is not None:
+            dgpo.ema_update(old.parameters(), model.parameters(), setting.ema)
+        cost += methods.step_cost(setting, K)
+        yield cost
+
+
+def at_rows(network: nn.Module, c: Tensor) -> dgpo.Velocity:
+    """The network as methods.py sees it, under the conditions c of the rows."""
+    return lambda x, t, rows: network(x, t, c[rows])
+
+
+def draw(
+    network: nn.Module, world: World, setting: Setting, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Conditions c (P,), rewards (P, G), and a trajectory (steps + 1, P, G, D) at its times.
+
+    By the ODE, the trajectory is x0 alone, (1, P, G, D).
+    """
+    P, G, steps = setting.prompts, setting.group_size, setting.rollout_steps
+    c = flow2d.sample_conditions(P, generator)
+    noise = torch.randn(P * G, world.dims, generator=generator)
+    each_c, times = c.repeat_interleave(G), torch.linspace(1, 0, steps + 1)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return network(x, t.expand(len(x)), each_c)
+
+    def fresh_noise(step: int) -> Tensor:
+        return torch.randn(noise.shape, generator=generator)
+
+    if setting.sde_noise:
+        trajectory = methods.sample_sde(velocity, noise, times, fresh_noise, setting.sde_noise)
+    else:
+        trajectory = dgpo.sample_ode(velocity, noise, steps)[None]
+    trajectory = trajectory.view(-1, P, G, world.dims)
+    return c, world.reward(c[:, None], trajectory[-1]), trajectory, times
+
+
+# A run of it, evaluated on the way.
+
+EVALUATION_STEPS = 20  # of the ODE solver; rollouts take 10 or fewer, as the paper's do
+SAMPLES = 64  # for each condition in an evaluation
+FIRST, APART = 10_000, 1.1  # evaluations are 10,000 forwards apart, and later 10 % of the cost
+FOLLOWED = 4.0  # a successful run ends at this many times its cost to reach the goal ...
+AT_LEAST = 0.25  # ... and not before this share of the world's budget
+
+
+@functools.cache
+def pretrained(world: str, seed: int) -> tuple[nn.Module, Tensor]:
+    """The reference of a seed, and the state of its generator. Not to be trained in place."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model, sample_data = make(world).network(), make(world).sample_data
+    for _ in flow2d.pretrain(model, flow2d.PRETRAINING_STEPS, generator, sample_data):
+        pass
+    return model, generator.get_state()
+
+
+def start(world: str, seed: int) -> tuple[nn.Module, torch.Generator]:
+    """A copy of the reference, and the generator that goes on from its pretraining."""
+    reference, state = pretrained(world, seed)
+    generator = torch.Generator()
+    generator.set_state(state)
+    return copy.deepcopy(reference), generator
+
+
+def run(name: str, seed: int, setting: Setting, budget: float, followed: float = FOLLOWED) -> Run:
+    """A training run. It ends when the budget is spent, or `followed` times what success cost.
+
+    One that diverges ends there, and fails.
+    """
+    world, (model, generator) = make(name), start(name, seed)
+    averaged = copy.deepcopy(model) if setting.average else model
+    c = torch.arange(flow2d.CONDITIONS).repeat_interleave(SAMPLES)
+    noise = torch.randn(len(c), world.dims, generator=torch.Generator().manual_seed(seed))
+
+    def evaluate(cost: int) -> Evaluation:
+        x = flow2d.sample(averaged, c, noise, EVALUATION_STEPS)
+        right, distance, position = world.judge(c, x)
+        spread = position.view(flow2d.CONDITIONS, SAMPLES, 2).std(1).mean() / world.spread
+        values = world.reward(c, x).mean(), right.float().mean(), spread
+        if not (sum(values) + distance.mean()).isfinite():
+            raise ValueError("the samples are not finite")
+        return Evaluation(cost, *(float(f"{value.item():.4g}") for value in values))
+
+    result, due = Run(budget, [evaluate(0)]), FIRST
+    try:
+        for cost in learn(model, world, setting, generator):
+            if setting.average:
+                dgpo.ema_update(averaged.parameters(), model.parameters(), setting.average)
+            if cost < min(due, budget):
+                continue
+            result.evaluations.append(evaluate(cost))
+            result.reached = world.goal.cost_to_reach(result)
+            due = max(cost + FIRST, APART * cost)
+            end = max(followed * result.cost, AT_LEAST * world.budget)
+            if cost >= min(end, budget):
+                break
+    except ValueError:  # samples or rewards that are not finite
+        result.reached = None
+    return result
