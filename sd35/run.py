@@ -1,354 +1,311 @@
-"""The folder of a run of train_sd35.py: whose it is, its checkpoints, its LoRA, how it goes on.
+"""The folder of a run: its checkpoints, how it is resumed, its metrics; and how a script ends.
 
-A run belongs to one folder, and a folder to one run. It begins or goes on in this order: the folder
-is claimed, a checkpoint is found and put into the model, and what a killed run left is cleared.
-What a person reads of a run is written by records.py.
+Files are written aside and renamed, so that none is ever half-written.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import contextlib
 import json
+import math
 import os
-import re
 import shutil
-import tempfile
+import signal
+import sys
 import time
-from functools import partial
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import gather_object
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from tqdm import tqdm
+from torch import Tensor
 
-import records
-import sd35
-from cli import Fault, first_line, is_first_process, make_folder, read_json, replace_file
+from rewards import RewardError
+from sd35.lora import LORA_FILE, save_lora
+from sd35.model import Model
+from sd35.settings import Settings, UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows has none, and there no folder is locked
-    fcntl = None
-
-# What a run may be resumed with another value of, because it does not change the steps.
-NOT_OF_THE_STEPS = (
-    "max_train_steps micro_batch_size gradient_checkpointing checkpointing_steps "
-    "checkpoints_total_limit resume_from_checkpoint report_to validation_steps output_dir config "
-    "eval_reward eval_inference_steps print_arguments push_to_hub hub_model_id"
+# What a resumed run may change, because it does not change the steps.
+FREE_TO_CHANGE = (
+    "max_train_steps micro_batch_size gradient_checkpointing checkpointing_steps output_dir config "
+    "checkpoints_total_limit resume_from_checkpoint validation_steps validation_prompts report_to "
+    "eval_reward eval_inference_steps push_to_hub hub_model_id print_settings"
 ).split()
-STATE = {"step", "bad_steps", "optimizer", "parameters", "old", "ema"}  # what state.pt holds
 
 
-def claim_folder(args: Any) -> Path:
-    """--output_dir, made if need be, and no other run's until this process ends.
+def run_script(main: Callable[[], None]) -> None:
+    """Call main(), and end as a command should.
 
-    Until its first checkpoint, a folder holds no run. Every process looks, the first one locks.
-    Raises Fault if it holds another run, or what is no run's, or if a run is at work in it.
+    An ordinary mistake is one sentence and exit code 2, with the traceback of a user's reward above
+    it if there is one. Ctrl-C and SIGTERM end with 130. Anything else is a traceback.
     """
-    out, asked = make_folder(args.output_dir), args.resume_from_checkpoint
-    before, found = read_json(out / "arguments.json"), newest_first(out)
-    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    if others and "output_dir" not in before:
-        where, new = f"argument --output_dir: {out} holds", "give a new folder, or an empty one"
-        if found:
-            raise Fault(f"{where} checkpoints without their arguments.json; put it back, or {new}")
-        raise Fault(f"{where} {others[0]}, and no run; {new}")
-    if is_first_process():
-        lock_folder(out)
-    if not found and (out / sd35.LORA_FILE).exists():
-        raise Fault(
-            f"argument --output_dir: {out} holds a finished run without its checkpoints, which "
-            "cannot go on; give another folder"
-        )
-    elsewhere = asked and asked != "latest" and Path(asked).is_dir()
-    if found and elsewhere and not Path(asked).absolute().parent.samefile(out):
-        raise Fault(
-            f"argument --resume_from_checkpoint: {asked} is not one of {out}, which holds a run; "
-            "give one of these, or a new --output_dir"
-        )
-    if found:
-        if not asked:
-            raise Fault(
-                f"argument --output_dir: {out} holds a run; continue it with "
-                "--resume_from_checkpoint latest, or give another folder"
+    script = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+    try:
+        main()
+    except (UserError, RewardError) as error:
+        if error.__cause__:
+            traceback.print_exception(error.__cause__)
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        sentence = str(interrupt) or "interrupted"
+        print(f"{script}: {sentence}", file=sys.stderr, flush=True)
+        os._exit(130)  # a reward may still be at work in its thread, and exit would wait for it
+
+
+class Interrupts:
+    """SIGINT and SIGTERM raise KeyboardInterrupt; inside `with interrupts.held()`, at its end."""
+
+    def __init__(self) -> None:
+        self.depth, self.pending = 0, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, *_: Any) -> None:
+        self.pending = self.depth > 0
+        if not self.pending:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.pending and not self.depth:
+            self.pending = False
+            raise KeyboardInterrupt
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call write(aside), then rename that to `path`. It keeps the suffix, which says the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# Checkpoints
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    paths = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.name[11:]))
+
+
+def open_folder(settings: Settings) -> dict[str, Any] | None:
+    """The state to resume from, or None for a new run. Raises UserError.
+
+    A folder with checkpoints or a LoRA holds a run. That can be resumed with the same settings, but
+    for those in FREE_TO_CHANGE, and with a constant learning rate also to another number of steps.
+    """
+    out, wanted = Path(settings.output_dir), settings.resume_from_checkpoint
+    saved = checkpoints(out)
+    if not wanted:
+        if saved or (out / LORA_FILE).exists():
+            raise UserError(
+                f"--output_dir {out} holds a run; give another folder, or continue the run with "
+                "--resume_from_checkpoint latest"
             )
-        check_changes(args, out, before)
-    return out
-
-
-def lock_folder(out: Path) -> None:
-    """Takes the folder for this process, for as long as it lives. Raises Fault if it is taken."""
-    if fcntl is None:
-        return
-    try:
-        lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise Fault(
-            f"argument --output_dir: another process is at work in {out}; give another folder"
-        ) from None
-    except OSError as error:
-        raise Fault(f"argument --output_dir: cannot lock {out} ({first_line(error)})") from None
-
-
-def check_changes(args: Any, out: Path, before: dict[str, Any]) -> None:
-    """Raises Fault at an argument that the run in `out` had otherwise, if it changes the steps."""
-    for name, value in vars(args).items():
-        # A run from before there was an argument is one with its default.
-        had = before.get(name, getattr(type(args), name, None))
-        if had == value:
-            continue
-        found = f"argument --{name}: the run in {out} has {had}, got {value}"
-        if name not in NOT_OF_THE_STEPS:
-            raise Fault(f"{found}; give what it has, or another --output_dir")
-        both = args.lr_scheduler, before.get("lr_scheduler")
-        if name == "max_train_steps" and both == ("cosine", "cosine"):
-            raise Fault(
-                f"{found}; a cosine's learning rates depend on it, so such a run cannot be made "
-                "longer or shorter"
-            )
-
-
-def begin(out: Path, args: Any, done: int = 0) -> None:
-    """Makes the folder that of a run with this many steps done, and writes arguments.json.
-
-    What a run that was killed has left half written goes. A checkpoint of a later step, which is
-    damaged or not wanted, is kept under another name, and metrics.jsonl is cut.
-    """
-    with records.writing(out):
-        for half_written in out.glob(".checkpoint-*"):
-            shutil.rmtree(half_written)
-        for folder in (out, out / "validation"):
-            for half_written in folder.glob(".[0-9]*-*"):
-                half_written.unlink()
-        for folder in newest_first(out):
-            if step_of(folder) > done:
-                folder.rename(folder.with_name(f"aside-{folder.name}-{time.time_ns()}"))
-        records.cut_metrics(out / "metrics.jsonl", done)
-    text = json.dumps(vars(args), indent=1)
-    replace_file(out / "arguments.json", lambda new: new.write_text(text))
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def newest_first(out: Path) -> list[Path]:
-    """The checkpoints in a folder. What has another name than a checkpoint's is none."""
-    found = [
-        path
-        for path in out.glob("checkpoint-*")
-        if re.fullmatch("checkpoint-[0-9]{1,18}", path.name) and path.is_dir()
-    ]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def save(out: Path, model: sd35.Model, state: dict[str, Any], limit: int) -> None:
-    """Writes checkpoint-<step>, complete or not at all; the oldest beyond the limit go.
-
-    state: "step", "bad_steps" and "optimizer", to which the model's tensors are added. There is no
-    checkpoint of no step, nor of a theta that is not finite. Raises Fault if it cannot be written,
-    and then all that were there stay.
-    """
-    folder = out / f"checkpoint-{state['step']}"
-    if folder.is_dir() or not state["step"] or not is_finite(model.theta):
-        return
-    theta = [parameter.detach().cpu() for parameter in model.theta]
-    state = {**state, "parameters": theta, "old": model.old, "ema": model.average}
-    content = io.BytesIO()
-    torch.save(state, content)
-    with (
-        records.writing(folder),
-        tempfile.TemporaryDirectory(dir=out, prefix=".checkpoint-") as aside,
-    ):
-        new = Path(aside) / folder.name
-        new.mkdir()
-        (new / "state.pt").write_bytes(content.getbuffer())
-        save_lora(model, new)
-        digest = hashlib.sha256(content.getbuffer()).hexdigest()
-        (new / "complete.json").write_text(json.dumps({"sha256": digest}))
-        os.replace(new, folder)
-        for old in newest_first(out)[limit:]:
-            shutil.rmtree(old)
-
-
-def save_lora(model: sd35.Model, folder: Path) -> None:
-    """The saved average as LORA_FILE in folder, complete or not there at all. Raises Fault."""
-    path, transformer = folder / sd35.LORA_FILE, model.pipe.transformer
-    with model.saved_average(), records.writing(path):
-        lora = {
-            "transformer_lora_layers": get_peft_model_state_dict(transformer),
-            # Without this, the LoRA would be loaded at scale 1 instead of alpha / rank.
-            "transformer_lora_adapter_metadata": transformer.peft_config["default"].to_dict(),
-        }
-        write = partial(model.pipe.save_lora_weights, folder, **lora)
-        replace_file(path, lambda new: write(weight_name=new.name))
-
-
-def check_lora(path: Path, transformer: nn.Module) -> None:
-    """Raises Fault at the first tensor that is not finite, has no place, or another shape.
-
-    diffusers passes over what fits nothing, and the pictures would be the base model's.
-    """
-    shapes = {f"transformer.{name}": x.shape for name, x in transformer.named_parameters()}
-    try:
-        weights = load_file(path)
-        if not weights:
-            raise ValueError("it is empty")
-        for name, tensor in weights.items():
-            place = name.rpartition(".lora_")[0]
-            shape = shapes.get(f"{place}.weight")
-            down, up = (weights.get(f"{place}.lora_{x}.weight") for x in "AB")
-            if shape is None or down is None or up is None:
-                raise ValueError(f"the model has no place for {name}")
-            if (len(up), *down.shape[1:]) != shape or up.shape[1:] != down.shape[:1]:
-                raise ValueError(f"{place} has {[*down.shape]}, {[*up.shape]} for {[*shape]}")
-            real = tensor.numel() and tensor.is_floating_point()
-            if not real or not tensor.float().isfinite().all():
-                raise ValueError(f"{name} holds NaN, infinity, or no real numbers")
-    except Exception as error:  # whatever the library makes of other files
-        advice = "give one of this model, as train_sd35.py or diffusers writes it"
-        raise Fault(f"argument --lora: cannot use {path} ({first_line(error)}); {advice}") from None
-
-
-def load(folder: Path) -> dict[str, Any]:
-    """The state. Raises Fault if it is damaged."""
-    try:
-        complete = read_json(folder / "complete.json")
-        content = (folder / "state.pt").read_bytes()
-        if hashlib.sha256(content).hexdigest() != complete.get("sha256"):
-            raise ValueError("its checksum is another")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if missing := STATE - state.keys():
-            raise ValueError(f"it has no {min(missing)}")
-        state |= {"step": int(state["step"]), "bad_steps": int(state["bad_steps"])}
-        if not 0 <= state["bad_steps"] <= state["step"] <= 10**9:
-            raise ValueError(f"it has {state['bad_steps']} bad ones of {state['step']} steps")
-        return state
-    except Exception as error:  # whatever torch makes of other files
-        raise Fault(f"checkpoint {folder} is missing or damaged ({first_line(error)})") from None
-
-
-def find(out: Path, asked: str | None) -> dict[str, Any] | None:
-    """The state to go on from: a folder's, or for 'latest' the newest in `out` that is whole.
-
-    None if nothing is asked for, or if 'latest' is and there is no checkpoint. Raises Fault if what
-    is asked for is damaged, or if all are.
-    """
-    if asked is None:
         return None
-    found = newest_first(out)
-    if asked != "latest":  # a folder, or, as in diffusers' scripts, the name of one in `out`
-        try:
-            return load(Path(asked) if Path(asked).is_dir() else out / asked)
-        except Fault as fault:
-            these = ", ".join(["latest", *(folder.name for folder in found)])
-            advice = f"give {these}, or another folder"
-            raise Fault(f"argument --resume_from_checkpoint: {fault}; {advice}") from None
-    for folder in found:
-        try:
-            return load(folder)
-        except Fault as fault:
-            if folder == found[-1]:
-                raise Fault(
-                    f"argument --resume_from_checkpoint: {fault}, and so are all in {out}; give "
-                    "another --output_dir"
-                ) from None
-            if is_first_process():
-                tqdm.write(f"{fault}: taking the one before")
-    return None
+    if wanted == "latest" and not saved:
+        return None
+    checkpoint = saved[-1] if wanted == "latest" else Path(wanted)
+    if not (checkpoint / "state.pt").exists() and (out / wanted / "state.pt").exists():
+        checkpoint = out / wanted  # as in diffusers' scripts, a name in output_dir
+    if not (checkpoint / "state.pt").exists():
+        raise UserError(f"--resume_from_checkpoint: {wanted} is not a checkpoint; give latest")
+
+    before = yaml.safe_load((checkpoint / "settings.yaml").read_text("utf-8"))
+    fixed = {name for name in asdict(settings) if name not in FREE_TO_CHANGE}
+    fixed |= {"max_train_steps"} if settings.lr_scheduler == "cosine" else set()
+    for name in sorted(fixed):
+        if before.get(name) != getattr(settings, name):
+            was, now = before.get(name), getattr(settings, name)
+            raise UserError(f"--{name}: the run has {was}, got {now}; give another --output_dir")
+    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
 
 
-def nothing_to_do(out: Path, args: Any, done: int) -> bool:
-    """Whether a run has all its steps and its LoRA already. Says so."""
-    complete = (out / sd35.LORA_FILE).exists() and (out / "README.md").exists()
-    if done < args.max_train_steps or (done == args.max_train_steps and not complete):
-        return False
-    if is_first_process():
-        tqdm.write(
-            f"nothing to do: the run in {out} has done {done} steps, and --max_train_steps is "
-            f"{args.max_train_steps}"
-        )
-    return True
+def begin(settings: Settings, done: int) -> None:
+    """Write settings.yaml, and remove what comes after `done` steps, which are done again."""
+    out = Path(settings.output_dir)
+    for path in out.glob(".checkpoint-*"):  # half-written when the run was killed
+        shutil.rmtree(path)
+    for path in checkpoints(out):
+        if int(path.name[11:]) > done:
+            path.rename(path.with_name(f"aside-{path.name}-{time.time_ns()}"))
+    lines = [line for line in read_metrics(out / "metrics.jsonl") if line["step"] <= done]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    replace_file(out / "metrics.jsonl", lambda aside: aside.write_text(text, "utf-8"))
+    replace_file(out / "settings.yaml", lambda aside: write_settings(settings, aside))
 
 
-def announce(
-    args: Any, accelerator: Accelerator, training: list[dict], validation: list[dict], done: int
+def write_settings(settings: Settings, path: Path) -> None:
+    path.write_text(yaml.safe_dump(asdict(settings), sort_keys=False), "utf-8")
+
+
+def save_checkpoint(
+    settings: Settings, model: Model, optimizer: torch.optim.Optimizer, done: int
 ) -> None:
-    """Says in three lines what is about to be done. Called by every process, one speaks.
-
-    Raises Fault if not all processes have found the same number of steps done.
-    """
-    if len({*gather_object([done])}) > 1:
-        raise Fault(
-            f"argument --output_dir: not all processes see the same checkpoints in "
-            f"{args.output_dir}; give a folder that they share"
-        )
-    if not accelerator.is_main_process:
+    """Write checkpoint-<done>, whole or not at all, and delete the oldest beyond the limit."""
+    out = Path(settings.output_dir)
+    folder, aside = out / f"checkpoint-{done}", out / f".checkpoint-{done}"
+    if folder.exists() or not all(parameter.isfinite().all() for parameter in model.theta):
         return
-    tqdm.write(
-        f"recipe {args.recipe}, reward {' '.join(args.reward)}: {args.prompts_per_step} groups of "
-        f"{args.group_size} a step, beta {args.beta:g}, KL {args.kl:g}, clip {args.clip:g}"
-    )
-    start = f", after the {done} of {args.resume_from_checkpoint}" if done else ""
-    if args.resume_from_checkpoint and not done:
-        start = ", anew, as there is no checkpoint to go on from"
-    n = accelerator.num_processes
-    tqdm.write(
-        f"on {accelerator.device}{f', {n} processes' if n > 1 else ''}, precision "
-        f"{args.mixed_precision}: steps {done + 1} to {args.max_train_steps}{start}; into "
-        f"{args.output_dir}"
-    )
-    texts = {prompt["prompt"] for prompt in training}
-    both = sum(prompt["prompt"] in texts for prompt in validation)
-    known = f"{both} of them trained on, too" if both else "held out"
-    if both and not args.validation_prompts:
-        known = "trained on, too, as fewer than 8 prompts are too few to hold one out"
-    tqdm.write(
-        f"{len(training)} prompts of {args.train_prompts or 'the reward'}; in validation "
-        f"{len(validation)}, {known}"
-    )
-
-
-def resume(state: dict[str, Any], model: sd35.Model, optimizer: Optimizer) -> tuple[int, int]:
-    """Puts a run where a checkpoint was. Returns the steps done, and the bad ones among the last.
-
-    Raises Fault if the checkpoint is of a run with another LoRA, or is not finite.
-    """
-    settings = optimizer.param_groups[0].keys()
-    try:
-        if not is_finite([*state["parameters"], *state["old"], *state["ema"]]):
-            raise ValueError("it is not finite")
-        assign(model.theta, state["parameters"])
-        assign(model.old, state["old"])
-        assign(model.average, state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        if missing := settings - optimizer.param_groups[0].keys():
-            raise ValueError(f"its optimizer has no {min(missing)}")
-        for parameter, kept in optimizer.state.items():
-            moments = [x for x in kept.values() if x.ndim]
-            if not is_finite(moments) or any(x.shape != parameter.shape for x in moments):
-                raise ValueError("its optimizer is not of these parameters, or not finite")
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Fault(
-            "argument --resume_from_checkpoint: the checkpoint is of another LoRA, or damaged "
-            f"({first_line(error)}); give one of this run"
-        ) from None
-    return state["step"], state["bad_steps"]
-
-
-def is_finite(tensors: list[Tensor]) -> bool:
-    return all(tensor.isfinite().all() for tensor in tensors)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    theta = [parameter.detach() for parameter in model.theta]
+    state = {"step": done, "theta": theta, "old": model.old, "average": model.average}
+    torch.save({**state, "optimizer": optimizer.state_dict()}, aside / "state.pt")
+    with model.saved_average():
+        save_lora(model.pipe, aside)
+    write_settings(settings, aside / "settings.yaml")
+    aside.rename(folder)
+    for path in checkpoints(out)[: -settings.checkpoints_total_limit]:
+        shutil.rmtree(path)
 
 
 @torch.no_grad()
-def assign(tensors: list[Tensor], values: list[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.data.copy_(value)
+def restore(state: dict[str, Any], model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """Put a run where a checkpoint was."""
+    for name, tensors in (("theta", model.theta), ("old", model.old), ("average", model.average)):
+        for tensor, value in zip(tensors, state[name], strict=True):
+            tensor.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+
+
+# Metrics
+
+
+class Clock:
+    """Seconds of each phase of a step. The phase "reward" runs beside the others, in its thread."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.seconds, self.start = device.type == "cuda", {}, time.perf_counter()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self, images: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self.start
+        metrics = {"seconds": seconds, "images_per_second": images / seconds}
+        if self.cuda:
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return metrics | {f"seconds/{phase}": value for phase, value in self.seconds.items()}
+
+
+def reward_metrics(
+    scores: dict[str, tuple[float, Tensor]], advantages: Tensor, finite: Tensor
+) -> dict[str, float]:
+    """Means over the groups with finite scores, and shares of all groups.
+
+    scores: a weight and the scores (P, G) by the reward's name. advantages: (P, G). finite: (P,).
+    """
+    total = sum(weight * values for weight, values in scores.values())
+    metrics = {}
+    for name, values in {"": total, **{f"/{k}": v for k, (_, v) in scores.items()}}.items():
+        values = values[finite]
+        metrics[f"reward{name}"] = values.mean().item()
+        metrics[f"reward_std{name}"] = values.std(1, correction=0).mean().item()
+    equal = finite & (advantages == 0).all(1)
+    metrics["equal_groups"] = equal.float().mean().item()
+    metrics["groups_not_finite"] = (~finite).float().mean().item()
+    return metrics
+
+
+def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """Means over all processes' groups with a preference, and of the KL over all groups."""
+    names = ("loss", "gap", "gate", "clipped", "kl")
+    rows = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
+    rows = gather_object(rows)
+    means: dict[str, float | None] = {}
+    for i, name in enumerate(names):
+        values = [row[i] for row in rows if row[-1] or name == "kl"]
+        means[name] = sum(values) / len(values) if values else None
+    return means
+
+
+def add_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    """Append a step's line. What is not finite becomes null."""
+    finite = {k: x if x is None or math.isfinite(x) else None for k, x in metrics.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps in metrics.jsonl, without a last line that was cut short by a kill."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text("utf-8").splitlines():
+            lines.append(json.loads(line))
+    return lines
+
+
+def check_tracker(name: str) -> None:
+    """Raise UserError if accelerate does not know the tracker, or its package is missing."""
+    known = [str(kind) for kind in LoggerType.list() if str(kind) != "all"]
+    if name != "none" and name not in known:
+        raise UserError(f"--report_to {name}: give none or one of {', '.join(known)}")
+    if name != "none" and name not in map(str, get_available_trackers()):
+        raise UserError(f"--report_to {name} needs `pip install {name}`")
+
+
+def track(accelerator: Accelerator, metrics: dict[str, Any], image: np.ndarray | None) -> None:
+    """Log a step's numbers, and an image (H, W, 3) if there is one and the tracker takes it."""
+    numbers = {k: x for k, x in metrics.items() if x is not None and math.isfinite(x)}
+    accelerator.log(numbers, metrics["step"])
+    for tracker in accelerator.trackers if image is not None else ():
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": image[None]}, step=metrics["step"], **layout)
+
+
+def fit_micro_batch(model: Model, settings: Settings) -> int:
+    """The most images that fit in memory in one pass, by trying, all K times of a group first.
+
+    Raises torch.OutOfMemoryError if not even one image fits.
+    """
+    device, G = model.device, settings.group_size
+
+    def one_pass(m: int) -> None:
+        model.images_per_pass = m
+        # What Adam will hold, and as much again for fragmentation.
+        spare = torch.zeros(4 * sum(p.numel() for p in model.theta), device=device)
+        x, t = torch.randn(m, *model.latent_shape, device=device), torch.full((m,), 0.8).to(device)
+        model.decode(model.sample("", x, 1, settings.guidance_scale))
+        model.velocity("")(x, t, t).square().mean().backward()
+        del spare
+
+    times = range(1, settings.train_timesteps + 1)
+    sizes = {math.ceil(G / n) for n in range(1, G + 1)} | {k * G for k in times}
+    for m in sorted(sizes, reverse=True):
+        try:
+            one_pass(m)
+            return m
+        except torch.OutOfMemoryError:
+            if m == 1:
+                raise
+        finally:
+            for parameter in model.theta:
+                parameter.grad = None
+            torch.cuda.empty_cache()  # which does nothing without a GPU

@@ -116,9 +116,8 @@ class Settings:
     rank: int = 64  # Rank of the LoRA.
     lora_alpha: int = 128  # LoRA alpha: the update is scaled by alpha / rank.
     learning_rate: float = 3e-4  # AdamW's learning rate.
-    lr_scheduler: Literal["constant", "cosine"] = (
-        "constant"  # A cosine falls to 0 at the last step.
-    )
+    # A cosine falls to 0 at --max_train_steps.
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: int = 0  # Steps in which the learning rate rises from 0.
     adam_weight_decay: float = 1e-4  # AdamW's weight decay.
     max_grad_norm: float = 1.0  # The norm that a step's gradient is clipped to.

@@ -1,0 +1,102 @@
+"""The LoRA: adding one to the transformer, starting from one, loading one, and saving one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import nn
+
+from sd35.settings import UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+LORA_TARGETS = "add_k_proj add_q_proj add_v_proj to_add_out to_k to_q to_v to_out.0"  # of attn
+
+
+def one_line(error: Exception) -> str:
+    """A library's message on one line, cut to 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+def add_lora(
+    transformer: nn.Module, rank: int, alpha: int, seed: int, checkpointing: bool
+) -> list[nn.Parameter]:
+    """Add a LoRA that changes nothing yet. Returns theta, its parameters, in float32.
+
+    seed: decides the initial values. checkpointing: recompute activations in the backward pass.
+    """
+    torch.manual_seed(seed)
+    targets = [f"attn.{name}" for name in LORA_TARGETS.split()]
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
+    )
+    transformer.add_adapter(config)
+    cast_training_params(transformer, dtype=torch.float32)
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def start_from_lora(pipe: Any, theta: list[nn.Parameter], folder: str) -> None:
+    """Give theta the values of the LoRA in a folder, whatever its alpha. Raises UserError."""
+    load_lora(pipe, folder, name="start")
+    for module in pipe.transformer.modules():
+        if isinstance(module, LoraLayer) and "start" in module.lora_A:
+            a, b = (layers["start"].weight for layers in (module.lora_A, module.lora_B))
+            if "default" not in module.lora_A or a.shape != module.lora_A["default"].weight.shape:
+                raise UserError(
+                    f"--init_lora {folder} has another rank or other layers than --rank"
+                )
+            scale = module.scaling["start"] / module.scaling["default"]
+            module.lora_A["default"].weight.copy_(a)
+            module.lora_B["default"].weight.copy_(b * scale)
+    pipe.transformer.delete_adapters("start")
+    pipe.transformer.set_adapter("default")
+    for parameter in theta:
+        parameter.requires_grad_()
+
+
+def load_lora(pipe: Any, folder: Path | str, name: str | None = None) -> None:
+    """Load a LoRA into a pipeline, in diffusers' form or in PEFT's. Raises UserError.
+
+    PEFT's is what `save_pretrained` writes: adapter_model.safetensors and adapter_config.json.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / "adapter_config.json").exists():
+            config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+            weights = load_file(folder / "adapter_model.safetensors")
+            weights = {k.replace("base_model.model", "transformer"): w for k, w in weights.items()}
+            pipe.load_lora_into_transformer(
+                weights, pipe.transformer, adapter_name=name, metadata=config
+            )
+        else:
+            pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=name)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"cannot load the LoRA in {folder} ({one_line(error)})") from None
+    if not getattr(pipe.transformer, "peft_config", None):  # diffusers only logs that no key fits
+        raise UserError(f"the LoRA in {folder} is not for this model: none of its keys fits")
+
+
+def save_lora(pipe: Any, folder: Path) -> None:
+    """Save the pipeline's LoRA as LORA_FILE, so that it has one strength wherever it is loaded.
+
+    Some programs read the scale alpha / rank from the file's header, some from tensors named alpha,
+    and some take 1. So it is folded into lora_B, and the header says alpha = rank.
+    """
+    config = pipe.transformer.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    weights = get_peft_model_state_dict(pipe.transformer)
+    pipe.save_lora_weights(
+        folder,
+        transformer_lora_layers={k: w * scale if "lora_B" in k else w for k, w in weights.items()},
+        transformer_lora_adapter_metadata={**config.to_dict(), "lora_alpha": config.r},
+        weight_name=LORA_FILE,
+    )
