@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -30,22 +29,10 @@ from tqdm import tqdm
 
 import dgpo
 import rewards
+from sd35 import model as sd35
 from sd35 import prompts, report, run
 from sd35.gradient import backward_group_loss, combine_advantages, extremes
 from sd35.lora import LORA_FILE, add_lora, save_lora, start_from_lora
-from sd35.model import (
-    NOISE,
-    TIMES,
-    TRAINING_NOISE,
-    VALIDATION,
-    Context,
-    Encoder,
-    Model,
-    load_pipeline,
-    make_scheduler,
-    seeded,
-    trained_times,
-)
 from sd35.settings import Settings, UserError, learning_rate_at, parse, task_of
 
 Rewards = dict[str, tuple[float, rewards.Reward]]  # weight and function, by the reward's name
@@ -60,15 +47,19 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: Settings, accelerator: Accelerator, pipe: Any, held: Context = nullcontext
+        self,
+        settings: Settings,
+        accelerator: Accelerator,
+        pipe: Any,
+        held: sd35.Context = nullcontext,
     ):
         self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
         self.held = held  # the context in which a signal waits
         self.done, self.between_steps = 0, False
-        self.times = trained_times(settings)
-        self.encoder = Encoder(pipe, settings.max_sequence_length, self.device)
+        self.times = sd35.trained_times(settings)
+        self.encoder = sd35.Encoder(pipe, settings.max_sequence_length, self.device)
 
-        pipe.scheduler = make_scheduler(settings.sampler, settings.flow_shift)
+        pipe.scheduler = sd35.make_scheduler(settings.sampler, settings.flow_shift)
         pipe.transformer.to(self.device)
         pipe.vae.to(self.device)
         checkpointing = settings.gradient_checkpointing
@@ -77,7 +68,7 @@ class Trainer:
         if settings.init_lora:
             start_from_lora(pipe, theta, settings.init_lora)
         images = int(settings.micro_batch_size.replace("auto", "0"))
-        self.model = Model(pipe, theta, settings.resolution, images, accelerator.autocast)
+        self.model = sd35.Model(pipe, theta, settings.resolution, images, accelerator.autocast)
         self.optimizer = torch.optim.AdamW(
             theta, settings.learning_rate, weight_decay=settings.adam_weight_decay
         )
@@ -110,12 +101,14 @@ class Trainer:
 
     def noise(self, *key: int) -> Tensor:
         """eps (C, h, w) on the CPU, from its own seed."""
-        return torch.randn(self.model.latent_shape, generator=seeded(self.settings.seed, *key))
+        return torch.randn(self.model.latent_shape, generator=sd35.seeded(self.settings.seed, *key))
 
     def rollout(self, step: int, p: int, text: str) -> Tensor:
         """Line 4: a group's latents (G, C, h, w), by theta_old, or offline by the reference."""
         settings, model = self.settings, self.model
-        noise = torch.stack([self.noise(NOISE, step, p, g) for g in range(settings.group_size)])
+        noise = torch.stack(
+            [self.noise(sd35.NOISE, step, p, g) for g in range(settings.group_size)]
+        )
         online = model.theta_old if step > settings.old_after else nullcontext
         with model.reference() if settings.offline else online():
             steps, guidance = settings.num_inference_steps, settings.guidance_scale
@@ -223,9 +216,9 @@ class Trainer:
         """
         settings, model, K = self.settings, self.model, self.settings.train_timesteps
         later = (update,) if update else ()  # the first update has the seeds of the only one
-        generator = seeded(settings.seed, TIMES, step, *later)
+        generator = sd35.seeded(settings.seed, sd35.TIMES, step, *later)
         t = self.times[torch.randperm(len(self.times), generator=generator)[:K], None]
-        eps = torch.stack([self.noise(TRAINING_NOISE, step, p, k, *later) for k in range(K)])
+        eps = torch.stack([self.noise(sd35.TRAINING_NOISE, step, p, k, *later) for k in range(K)])
         t, eps, x0 = t.to(self.device), eps[:, None].to(self.device), x0.float().to(self.device)
         advantages = advantages.to(self.device)
 
@@ -298,45 +291,6 @@ class Trainer:
             texts += [prompt["prompt"] for prompt in validation]
         self.model.encoded = self.encoder(texts, self.model.encoded)
 
-    def render(self, validation: list[dict]) -> Tensor:
-        """Validation images (N, 3, H, W) of the prompts, on the CPU, always from the same noise."""
-        steps, guidance = self.settings.eval_inference_steps, self.settings.guidance_scale
-        images = []
-        for i, prompt in enumerate(validation):
-            noise = self.noise(VALIDATION, i)[None]
-            latents = self.model.sample(prompt["prompt"], noise, steps, guidance)
-            images.append(self.model.decode(latents).cpu())
-        return torch.cat(images)
-
-    def validate(self, validation: list[dict], base: Tensor) -> tuple[dict[str, float], np.ndarray]:
-        """Draw the prompts by the saved average, save a sheet, and score. Returns scores and sheet.
-
-        base: the base model's images, from the same noise.
-        """
-        with self.model.saved_average():
-            now = self.render(validation)
-        title = f"step-{self.done:06d}"
-        sheet = report.validation_sheet([p["prompt"] for p in validation], base, now, title)
-        path = Path(self.settings.output_dir) / "validation" / f"{title}.png"
-        run.replace_file(path, sheet.save)
-
-        def mean_score(name: str, images: Tensor) -> float:
-            reward, parts = self.watched[name][1], range(0, len(images), 16)
-            scores = [
-                rewards.score(
-                    name, reward, images[i : i + 16].to(self.device), validation[i : i + 16]
-                )
-                for i in parts
-            ]
-            return torch.cat([score for score, _ in scores]).mean().item()
-
-        metrics = {}
-        for name in self.watched:
-            for kind, images in (("eval_base", base), ("eval", now)):
-                future = self.reward_thread.submit(mean_score, name, images)
-                metrics[f"{kind}/{name}"] = future.result()
-        return metrics, np.asarray(sheet)
-
     def save(self) -> None:
         """A checkpoint of the steps that are done."""
         self.model.restore()
@@ -388,7 +342,7 @@ def train(settings: Settings) -> None:
 
     accelerator = launch(settings)
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-    pipe = load_pipeline(settings.pretrained_model_name_or_path, dtype)
+    pipe = sd35.load_pipeline(settings.pretrained_model_name_or_path, dtype)
     interrupts = run.Interrupts()
     trainer = Trainer(settings, accelerator, pipe, interrupts.held)
     model, main_process = trainer.model, accelerator.is_main_process
@@ -404,7 +358,8 @@ def train(settings: Settings) -> None:
         if cut := trainer.encoder.too_long(texts):
             print(f"{len(cut)} prompts are longer than the text encoders read, such as {cut[0]!r}")
 
-    base, bad_steps, last = None, 0, settings.max_train_steps
+    watch = report.Validation(settings, model, validation, trainer.watched, trainer.reward_thread)
+    bad_steps, last = 0, settings.max_train_steps
     steps = range(trainer.done, last)
     progress = tqdm(steps, "DGPO", initial=trainer.done, total=last, disable=not main_process)
     try:
@@ -413,23 +368,16 @@ def train(settings: Settings) -> None:
             trainer.encode_ahead(training, validation, step)
             if not model.images_per_pass:
                 tqdm.write(f"--micro_batch_size auto: {run.fit_micro_batch(model, settings)}")
-            if main_process and base is None:
-                with model.reference():
-                    base = trainer.render(validation)
 
             trainer.optimizer.param_groups[0]["lr"] = learning_rate_at(settings, step)
             metrics = trainer.take_step(chosen, step)  # lines 4 to 15
 
-            sheet = None
-            if main_process and (
-                trainer.done % settings.validation_steps == 0 or trainer.done == last
-            ):
-                scores, sheet = trainer.validate(validation, base)
-                metrics |= scores
+            show = trainer.done % settings.validation_steps == 0 or trainer.done == last
             if main_process:
-                run.add_metrics(metrics_file, metrics)
-                run.track(accelerator, metrics, sheet)
-            if sheet is not None:
+                scores, sheet = watch(trainer.done) if show else ({}, None)
+                run.add_metrics(metrics_file, metrics | scores)
+                run.track(accelerator, metrics | scores, sheet)
+            if main_process and show:
                 report.plot_curves(metrics_file, out / "curves.png")
             gate = "-" if metrics["gate"] is None else f"{metrics['gate']:.3f}"
             progress.set_postfix(reward=f"{metrics['reward']:.4g}", gate=gate)

@@ -1,22 +1,25 @@
-"""What a person reads of a run: curves, validation images, and the model card."""
+"""What a person sees of a run: validation images, curves, and the model card."""
 
 from __future__ import annotations
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import yaml
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from rewards import to_bytes
+from rewards import Reward, score, to_bytes
 from sd35.lora import LORA_FILE, one_line
+from sd35.model import VALIDATION, Model, seeded
 from sd35.run import read_metrics, replace_file
 from sd35.settings import Settings, UserError
 
@@ -97,6 +100,61 @@ def validation_sheet(texts: list[str], base: Tensor, now: Tensor, title: str) ->
     rows = [(text, ["base", title], torch.stack(images)) for text, *images in pairs]
     side = base.shape[-1] * max(1, 192 // base.shape[-1])  # small ones are enlarged
     return sheet(rows, side, columns=max(1, round(math.sqrt(len(rows) / 2))))
+
+
+class Validation:
+    """Draws the validation prompts by the saved average, beside the base model, and scores both.
+
+    rewards: a weight and a reward by its name. thread: the one in which rewards are called.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: Model,
+        prompts: list[dict],
+        rewards: dict[str, tuple[float, Reward]],
+        thread: ThreadPoolExecutor,
+    ):
+        self.settings, self.model, self.prompts = settings, model, prompts
+        self.rewards, self.thread = rewards, thread
+        self.base: Tensor | None = None
+
+    def draw(self) -> Tensor:
+        """Images (N, 3, H, W) of the prompts on the CPU, from the same noise at every call."""
+        steps, guidance = self.settings.eval_inference_steps, self.settings.guidance_scale
+        images = []
+        for i, prompt in enumerate(self.prompts):
+            generator = seeded(self.settings.seed, VALIDATION, i)
+            noise = torch.randn(1, *self.model.latent_shape, generator=generator)
+            latents = self.model.sample(prompt["prompt"], noise, steps, guidance)
+            images.append(self.model.decode(latents).cpu())
+        return torch.cat(images)
+
+    def mean_score(self, name: str, images: Tensor) -> float:
+        """The mean score of the images, 16 at a time."""
+        scores = []
+        for i in range(0, len(images), 16):
+            part = images[i : i + 16].to(self.model.device)
+            scores.append(score(name, self.rewards[name][1], part, self.prompts[i : i + 16])[0])
+        return torch.cat(scores).mean().item()
+
+    def __call__(self, done: int) -> tuple[dict[str, float], np.ndarray]:
+        """Save the sheet of a step. Returns the mean scores, and the sheet (H, W, 3)."""
+        if self.base is None:
+            with self.model.reference():
+                self.base = self.draw()
+        with self.model.saved_average():
+            now = self.draw()
+        texts, title = [prompt["prompt"] for prompt in self.prompts], f"step-{done:06d}"
+        sheet = validation_sheet(texts, self.base, now, title)
+        replace_file(Path(self.settings.output_dir) / "validation" / f"{title}.png", sheet.save)
+
+        means = {}
+        for name in self.rewards:
+            for kind, images in (("eval_base", self.base), ("eval", now)):
+                means[f"{kind}/{name}"] = self.thread.submit(self.mean_score, name, images).result()
+        return means, np.asarray(sheet)
 
 
 def public(value: Any) -> Any:
