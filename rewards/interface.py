@@ -1,0 +1,183 @@
+"""What all rewards share: errors, importing a user's own, calling one, reading its result."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from inspect import Parameter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# One loop for all calls, so that a client that a reward keeps open still works in the next call.
+event_loop = functools.cache(asyncio.new_event_loop)
+
+
+class RewardError(ValueError):
+    """A reward cannot be named, loaded or called. The message is one plain sentence."""
+
+
+@contextlib.contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """Raise any error, and any attempt to exit, as a RewardError that begins with `what`.
+
+    The original error is its cause unless it was a RewardError, whose sentence says it all.
+    """
+    try:
+        yield
+    except RewardError as error:
+        raise RewardError(f"{what}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Convert images (N, 3, H, W) in [0, 1] to uint8 pixels (N, H, W, 3)."""
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return pixels.permute(0, 2, 3, 1).numpy()
+
+
+def need(*packages: str) -> None:
+    """Raise RewardError with the pip command unless all packages are installed."""
+    if any(importlib.util.find_spec(package) is None for package in packages):
+        raise RewardError(f"it needs `pip install {' '.join(packages)}`")
+
+
+def check_place(place: str, function: str) -> None:
+    """Raise RewardError if there is no such file or package, or the file lacks the function.
+
+    Nothing is imported, so that a misspelt name is reported before anything is loaded.
+    """
+    if not place.endswith(".py"):
+        if importlib.util.find_spec(place.split(".")[0]) is None:
+            raise RewardError(f"there is no package {place}; the name of a file ends in .py")
+    elif not Path(place).is_file():
+        raise RewardError(f"there is no file {place}")
+    elif not re.search(rf"\b{re.escape(function)}\b", Path(place).read_text("utf-8")):
+        raise RewardError(f"{place} does not define {function!r}")
+
+
+def import_file(file: Path) -> ModuleType:
+    """Import a file, once per process; as in a script, it can import the files beside it.
+
+    The module is called by the file's stem where importing that name leads to the file, so that
+    other processes can unpickle its objects, and by the file's path otherwise.
+    """
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    spec = importlib.util.find_spec(file.stem) if "." not in file.stem else None
+    if spec and spec.origin == str(file):
+        return importlib.import_module(file.stem)
+
+    name = str(file)
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def load_own(place: str, function: str) -> Callable:
+    """Import a user's reward from a file or a package.
+
+    Raises RewardError if it cannot be called as a reward, and what the import itself raises.
+    """
+    if place.endswith(".py"):
+        module = import_file(Path(place).resolve())
+    else:
+        module = importlib.import_module(place)
+    reward = getattr(module, function)
+    try:
+        arguments(reward, None, None, None)
+    except TypeError as error:
+        how = f"write `reward = {function}(...)` in your file and name `reward`"
+        raise RewardError(f"{error}; if {function} creates a reward, {how}") from None
+    return reward
+
+
+def arguments(reward: Callable, images: Any, prompts: Any, metadata: Any) -> tuple[tuple, dict]:
+    """The positional and named arguments to call a reward with: by name if the names suffice.
+
+    Raises TypeError if it cannot be called in either way.
+    """
+    if inspect.isclass(reward):
+        raise TypeError(f"{reward.__name__} is a class and must be instantiated")
+    function = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    signature = inspect.signature(function, follow_wrapped=False)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if Parameter.VAR_POSITIONAL in kinds:  # a decorator's (*args, **kwargs): look inside
+        signature = inspect.signature(function)
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+
+    known = {"images": images, "prompts": prompts, "metadata": metadata}
+    takes_any_name = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds
+    by_name = {
+        name: value
+        for name, value in {**known, "prompt_metadata": metadata}.items()
+        if name in signature.parameters or takes_any_name and name in known
+    }
+    ways = [((), by_name)] if by_name else []
+    ways += [((images, prompts), {}), ((images, prompts, metadata), {})]
+    for args, kwargs in ways:
+        with contextlib.suppress(TypeError):
+            signature.bind(*args, **kwargs)
+            return args, kwargs
+    raise TypeError(f"it takes {signature} and not images and prompts")
+
+
+@torch.no_grad()
+def call(reward: Callable, images: Tensor, prompts: list[str], metadata: list[dict]) -> Any:
+    """Call a reward without gradients, and wait for its result if it is asynchronous."""
+    args, kwargs = arguments(reward, images, prompts, metadata)
+    result = reward(*args, **kwargs)
+    return event_loop().run_until_complete(result) if inspect.isawaitable(result) else result
+
+
+def numbers(values: Any) -> Tensor:
+    """Numbers of any kind as a float32 tensor on the CPU, with NaN for None and infinity.
+
+    Raises TypeError, ValueError or OverflowError if anything else is among them.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double()
+    elif isinstance(values, list | tuple):
+        values = [math.nan if value is None else float(value) for value in values]
+    tensor = torch.from_numpy(np.array(values, np.float64)).float()
+    return torch.where(tensor.isfinite(), tensor, math.nan)
+
+
+def split(result: Any) -> tuple[Tensor, dict[str, float]]:
+    """Split a reward's result into its scores and the means of the numbers in its info.
+
+    A tuple is (scores, info, ...) unless it is a tuple of plain numbers. Raises as `numbers`.
+    """
+    if callable(result):
+        raise TypeError("it returned a function; call the factory in your file and name the result")
+    if not isinstance(result, tuple) or not isinstance(result[0], list | np.ndarray | Tensor):
+        return numbers(result), {}
+    info = result[1] if len(result) > 1 and isinstance(result[1], dict) else {}
+    means = {}
+    for key, value in info.items():
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            means[key] = numbers(value).nanmean().item()
+    return numbers(result[0]), {key: mean for key, mean in means.items() if not math.isnan(mean)}
