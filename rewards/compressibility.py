@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import RewardError, to_bytes
+from rewards import Reward, RewardError, to_bytes
 
 
-def load(device: torch.device | str, model: str | None = None):
-    """Minus the size as a JPEG of quality 95, in kilobytes. `device` plays no part."""
+def load(device: torch.device | str, model: str | None = None) -> Reward:
+    """Minus the size as a JPEG of quality 95, in kilobytes. Raises RewardError if given a model."""
     if model:
-        raise RewardError(f"it has no weights; leave out {model!r}")
+        raise RewardError("compressibility has no weights to replace")
 
-    def compressibility(images: Tensor, prompts: list[dict]) -> list[float]:
+    def compressibility(images: Tensor) -> list[float]:
         sizes = []
         for picture in to_bytes(images):
             file = io.BytesIO()
