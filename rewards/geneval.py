@@ -1,33 +1,36 @@
 """GenEval (Ghosh et al. 2023, arXiv:2310.11513): are the objects there that the prompt asks for?
 
-A detector finds objects, CLIP names their colours, and rules judge. A prompt is a line of GenEval's
-metadata: "tag" (one of six tasks), "include" (clauses: class, count, perhaps color, perhaps
-position: a relation and which clause it is to), perhaps "exclude" (class, count).
+A detector finds objects, CLIP names their colors, and rules judge. A prompt is a line of GenEval's
+metadata: "tag" (one of six tasks), "include" (a list of clauses: "class", "count", and perhaps
+"color" and "position", a relation and the index of an earlier clause) and perhaps "exclude"
+(clauses, too). Metadata may come from pandas or datasets: null and NaN are read as absent, 1.0 and
+"1" as 1, a JSON string as what it holds, and a missing count as 1.
 
-`--reward geneval` trains on this file's clean grade, from 0 to 1 and 1 only where all is right, as
-the released one rewards a wrong position and lets one overfull picture decide a batch's std. To
-reproduce the released runs, train on `geneval_released`.
-
-DGPO's and Flow-GRPO's code hands the detector RGB where mmdet expects BGR, and Flow-GRPO's server
-scores JPEG files of quality 75. Neither is copied, for GenEval itself does neither.
+`--reward geneval` is a clean grade from 0 to 1, and 1 only if everything is right. The released
+grade rewards a wrong position and has no lower bound; `geneval_released` reproduces it. Both
+released trainers give the detector RGB where mmdet expects BGR, and Flow-GRPO's server scores JPEG
+files of quality 75; neither is copied, because GenEval itself does neither.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import mask2former, to_bytes
+from rewards import Reward, mask2former, to_bytes
 
-DETECTOR = mask2former.URL
 CLIP = "openai/clip-vit-large-patch14"
-# COCO's classes in their order, by GenEval's names. Detectors have several for some of them.
+# COCO's classes in their order, under GenEval's names.
 CLASSES = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
 stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
@@ -40,16 +43,114 @@ scissors, teddy bear, hair drier, toothbrush
 """
 CLASSES = [name.strip() for name in CLASSES.split(",")]
 COLORS = "red orange yellow green blue purple pink brown black white".split()
+RELATIONS = ["left of", "right of", "above", "below"]
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # the confidence that a detection must exceed
 MOST = 16  # detections of a class
-DEAD_ZONE = 0.1  # share of two boxes' sizes together: a smaller offset is none
+DEAD_ZONE = 0.1  # share of the sum of two boxes' sizes: smaller offsets are none
 DIRECTION = 0.5  # least share of an offset that makes a relation
-GREY = 0.6  # #999, what surrounds an object when CLIP is asked for its colour
+GREY = 0.6  # #999, around an object whose color is asked for
+
+
+# The metadata
 
 
 @dataclass
-class Found:
+class Clause:
+    """What a prompt asks for or excludes: `count` objects of a class."""
+
+    name: str
+    count: int
+    color: str | None = None
+    position: tuple[str, int] | None = None  # a relation, and the index of the clause it is to
+
+
+@dataclass
+class Task:
+    """A prompt's metadata, checked."""
+
+    counting: bool
+    include: list[Clause]
+    exclude: list[Clause]
+
+
+def known(kind: str, name: Any, names: list[str]) -> str:
+    """Return the name. Raises ValueError, with the nearest ones, if it is not among `names`."""
+    if name in names:
+        return name
+    word = str(name).lower()
+    near = [each for each in names if each in word or word in each]
+    near = near or difflib.get_close_matches(word, names, cutoff=0.5) or names
+    raise ValueError(f"GenEval has no {kind} {name!r}; the nearest are {', '.join(near[:10])}")
+
+
+def whole(value: Any, allowed: range, sentence: str) -> int:
+    """Read 2, 2.0 or "2". Raises ValueError with the sentence if it is not an allowed number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not number.is_integer() or int(number) not in allowed or isinstance(value, bool):
+        raise ValueError(f"{sentence}, got {value!r}")
+    return int(number)
+
+
+def decoded(value: Any) -> Any:
+    """A field's value: None for NaN, and what a JSON string holds. Raises ValueError."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"{value!r} is not JSON") from None
+    return None if value != value else value  # NaN is how pandas writes what is absent
+
+
+def read_clause(value: Any, index: int, most: int) -> Clause:
+    """Check the clause with this index, of at most so many objects. Raises ValueError."""
+    fields = decoded(value)
+    if not isinstance(fields, dict):
+        raise ValueError(f"a clause must be an object with class and count, got {value!r}")
+    fields = {key: field for key, field in fields.items() if field is not None and field == field}
+    sentence = f"count must be a whole number from 1 to {most}"
+    count = whole(fields.get("count", 1), range(1, most + 1), sentence)
+    clause = Clause(known("class", fields.get("class"), CLASSES), count)
+    if "color" in fields:
+        clause.color = known("color", fields["color"], COLORS)
+    if "position" in fields:
+        position = decoded(fields["position"])
+        if not isinstance(position, list | tuple) or len(position) != 2:
+            raise ValueError(f"a position must be a relation and an index, got {position!r}")
+        other = whole(position[1], range(index), "a position must name an earlier clause by index")
+        clause.position = known("relation", position[0], RELATIONS), other
+    return clause
+
+
+def read_metadata(metadata: dict) -> Task:
+    """Check a prompt's metadata. Raises ValueError if no picture could be judged by it."""
+    include, exclude = (decoded(metadata.get(key)) for key in ("include", "exclude"))
+    if include is None or metadata.get("tag") is None:
+        raise ValueError('there is no GenEval metadata ("tag", "include")')
+    for name, clauses in ("include", include), ("exclude", exclude or []):
+        if not isinstance(clauses, list) or name == "include" and not clauses:
+            raise ValueError(f"{name} must be a list of clauses, got {clauses!r}")
+    return Task(
+        counting=metadata["tag"] == "counting",
+        include=[read_clause(clause, i, most=MOST) for i, clause in enumerate(include)],
+        exclude=[read_clause(clause, 0, most=10**6) for clause in exclude or []],
+    )
+
+
+def check_prompt(metadata: dict) -> None:
+    """Raise ValueError if no picture could be judged by a prompt's metadata."""
+    read_metadata(metadata)
+
+
+# The rules. GenEval's own verdict takes the `count` most confident objects of a class; more of them
+# are a failure only if "exclude" says so.
+
+
+@dataclass
+class Detection:
     """An object in a picture."""
 
     box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -57,70 +158,61 @@ class Found:
     mask: Tensor | None = None  # boolean (H, W)
 
 
-Objects = dict[str, list[Found]]  # by class, the surest first
-NameColors = Callable[[str, list[Found]], list[str]]
+Objects = dict[str, list[Detection]]  # by class, the most confident first
+NameColors = Callable[[str, list[Detection]], list[str]]
+Verdict = Callable[[Task, Objects, NameColors], float]
 
 
-# The rules. A clause of the official ones is met by `count` objects of the class, the surest of
-# those found, if all have the color and all stand in the relation to all objects of the other
-# clause. Too many are no failure, unless "exclude" says so.
+def relations(one: Detection, other: Detection) -> set[str]:
+    """How `one` lies to `other`: none, one or two of RELATIONS.
 
-
-def relations(one: Found, other: Found) -> set[str]:
-    """How `one` lies to `other`: none, one or two of left of, right of, above, below.
-
-    The offset of the centres counts from where it leaves the dead zone, 0.1 of both boxes' sizes,
-    and each coordinate's share of the whole offset must exceed 0.5.
+    The offset of the centers counts beyond a dead zone of 0.1 of both boxes' sizes, and a
+    coordinate's share of the whole offset must exceed 0.5.
     """
     a, b = np.array(one.box).reshape(2, 2), np.array(other.box).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
     dead = DEAD_ZONE * ((a[1] - a[0]) + (b[1] - b[0]))
-    left = np.sign(offset) * np.maximum(np.abs(offset) - dead, 0)
-    if np.all(np.abs(left) < 1e-3):
+    beyond = np.sign(offset) * np.maximum(np.abs(offset) - dead, 0)
+    if np.all(np.abs(beyond) < 1e-3):
         return set()
-    x, y = left / np.linalg.norm(offset)
-    named = {"left of": -x, "right of": x, "above": -y, "below": y}
-    return {name for name, share in named.items() if share > DIRECTION}
+    x, y = beyond / np.linalg.norm(offset)
+    shares = {"left of": -x, "right of": x, "above": -y, "below": y}
+    return {name for name, share in shares.items() if share > DIRECTION}
 
 
-def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, float]:
+def judge(task: Task, objects: Objects, name_colors: NameColors) -> dict[str, float]:
     """The verdicts on a picture: "graded" (0 to 1), "strict" and "official" (0 or 1).
 
-    graded: the mean over clauses of 1 - |count - found| / count, and over their colors and
-    positions of 1 or 0, which is 0 where the count is wrong. strict: all of these are 1, and
-    nothing is there that is excluded. official: GenEval's own.
+    graded: the mean over clauses of 1 - |count - number| / count (at least 0), and over their
+    colors and positions of 1 or 0, which is 0 if the number is wrong. strict: all of these are 1
+    and nothing excluded is there. official: GenEval's own.
     """
-    grades, official, strict_clauses = [], True, True
-    met: list[list[Found] | None] = []  # for each clause its objects, if it is met
-    for clause in prompt["include"]:
-        name, count = clause["class"], clause["count"]
-        found = objects.get(name, [])
-        chosen, exact, enough = found[:count], len(found) == count, len(found) >= count
-        grades.append(max(0.0, 1 - abs(count - len(found)) / count))
-        clause_met = enough
-        if "color" in clause:
-            right = enough and name_colors(name, chosen) == [clause["color"]] * count
-            grades.append(float(right and exact))
-            clause_met = clause_met and right
-        if "position" in clause:
-            relation, other = clause["position"]
-            others = met[other] if clause_met else None
-            right = others is not None and all(
+    grades, official, exact_numbers = [], True, True
+    met: list[list[Detection] | None] = []  # the objects of each clause, or None if it is not met
+    for clause in task.include:
+        objects_of_class = objects.get(clause.name, [])
+        number, chosen = len(objects_of_class), objects_of_class[: clause.count]
+        exact, clause_met = number == clause.count, number >= clause.count
+        grades.append(max(0.0, 1 - abs(clause.count - number) / clause.count))
+        if clause.color:
+            wanted = [clause.color] * clause.count
+            clause_met = clause_met and name_colors(clause.name, chosen) == wanted
+            grades.append(float(clause_met and exact))
+        if clause.position:
+            relation, others = clause.position[0], met[clause.position[1]]
+            clause_met = clause_met and others is not None
+            clause_met = clause_met and all(
                 relation in relations(a, b) for a in chosen for b in others
             )
-            grades.append(float(right and exact))
-            clause_met = clause_met and right
+            grades.append(float(clause_met and exact))
         met.append(chosen if clause_met else None)
         official = official and clause_met
-        strict_clauses = strict_clauses and exact
-    excluded = any(
-        len(objects.get(clause["class"], [])) >= clause["count"]
-        for clause in prompt.get("exclude", [])
-    )
-    official = official and not excluded
+        exact_numbers = exact_numbers and exact
+    for clause in task.exclude:
+        official = official and len(objects.get(clause.name, [])) < clause.count
     return {
         "graded": sum(grades) / len(grades),
-        "strict": float(official and strict_clauses),
+        "strict": float(official and exact_numbers),
         "official": float(official),
     }
 
@@ -137,7 +229,7 @@ def segment(network, processor, picture: np.ndarray, threshold: float) -> tuple:
         output, threshold=threshold, target_sizes=[picture.shape[:2]], return_binary_maps=True
     )
     segments = result["segments_info"]
-    # Without any, transformers gives one map of -1 for the whole picture.
+    # Without any, transformers returns one map of -1 for the whole picture.
     masks = result["segmentation"][: len(segments)].cpu() > 0.5
     return [each["score"] for each in segments], [each["label_id"] for each in segments], masks
 
@@ -145,65 +237,63 @@ def segment(network, processor, picture: np.ndarray, threshold: float) -> tuple:
 def load_detector(device: torch.device | str, model: str) -> Callable[[Tensor, float], Objects]:
     """(image (3, H, W) in [0, 1], threshold) -> objects, by a Mask2Former from transformers.
 
-    model: what `mask2former.find` takes. mmdet's network sees pictures as it does in mmdet, any
-    other one as its own processor has it. Raises ValueError if it does not have COCO's 80 classes.
+    model: as `mask2former.find` takes it. mmdet's network sees pictures as it does in mmdet, any
+    other as its own processor prepares them. Raises ValueError unless it has COCO's 80 classes.
     """
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-    network_class, folder = mask2former.network_class(), mask2former.find(model)
-    network = network_class.from_pretrained(folder).eval().to(device)
+    folder = mask2former.find(model)
+    network = Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval().to(device)
     if network.config.num_labels != len(CLASSES):
         raise ValueError(f"{model} has {network.config.num_labels} classes, not COCO's 80")
     if getattr(network.config, "mmdet", False):
-        seen = partial(mask2former.segment, network)
+        see = partial(mask2former.segment, network)
     else:
-        seen = partial(segment, network, AutoImageProcessor.from_pretrained(folder))
+        see = partial(segment, network, AutoImageProcessor.from_pretrained(folder, backend="pil"))
 
     def detect(image: Tensor, threshold: float) -> Objects:
         objects: Objects = {}
-        for score, label, mask in zip(*seen(to_bytes(image[None])[0], threshold), strict=True):
-            if not mask.any():
-                continue
-            rows, columns = mask.nonzero().unbind(1)
-            box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            found = Found(tuple(float(edge) for edge in box), float(score), mask)
-            objects.setdefault(CLASSES[label], []).append(found)
+        for score, label, mask in zip(*see(to_bytes(image[None])[0], threshold), strict=True):
+            if mask.any():
+                rows, columns = mask.nonzero().unbind(1)
+                box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+                detection = Detection(tuple(float(edge) for edge in box), float(score), mask)
+                objects.setdefault(CLASSES[label], []).append(detection)
         return {
-            name: sorted(found, key=lambda each: -each.score)[:MOST]
-            for name, found in objects.items()
+            name: sorted(each, key=lambda one: -one.score)[:MOST] for name, each in objects.items()
         }
 
     return detect
 
 
-def crop(image: Tensor, found: Found) -> Tensor:
+def crop(image: Tensor, one: Detection) -> Tensor:
     """The object on grey, cut to its box: (3, H, W) in [0, 1] -> (3, h, w)."""
     grey = torch.full_like(image, GREY)
-    shown = image if found.mask is None else torch.where(found.mask, image, grey)
-    left, top, right, bottom = (int(edge) for edge in found.box)
+    shown = image if one.mask is None else torch.where(one.mask, image, grey)
+    left, top, right, bottom = (int(edge) for edge in one.box)
     return shown[:, top:bottom, left:right]
 
 
 def load_classifier(
     device: torch.device | str, model: str
-) -> Callable[[Tensor, str, list[Found]], list[str]]:
+) -> Callable[[Tensor, str, list[Detection]], list[str]]:
     """(image, class, its objects) -> a color for each, by CLIP without training."""
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    processor = AutoProcessor.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    processor = AutoImageProcessor.from_pretrained(model, backend="pil")
     clip = AutoModel.from_pretrained(model).eval().to(device)
 
     @torch.no_grad()
-    def name_colors(image: Tensor, name: str, objects: list[Found]) -> list[str]:
+    def name_colors(image: Tensor, name: str, objects: list[Detection]) -> list[str]:
         if not objects:
             return []
         texts = [form.format(color, name) for color in COLORS for form in TEMPLATES]
-        # As PIL's images: of an array 1, 3 or 4 pixels high the processor takes rows for channels.
-        crops = [Image.fromarray(to_bytes(crop(image.cpu(), found)[None])[0]) for found in objects]
-        inputs = processor(
-            text=texts, images=crops, padding=True, truncation=True, return_tensors="pt"
-        )
-        output = clip(**inputs.to(device))  # its embeddings are normalised
+        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        # As PIL images, because an array 1, 3 or 4 pixels high is taken for one of channels first.
+        crops = [Image.fromarray(to_bytes(crop(image.cpu(), each)[None])[0]) for each in objects]
+        pixels = processor(crops, return_tensors="pt")
+        output = clip(**tokens.to(device), **pixels.to(device))  # its embeddings are normalised
         words = output.text_embeds.view(len(COLORS), len(TEMPLATES), -1).mean(1)
         words = words / words.norm(dim=1, keepdim=True)
         best = (output.image_embeds @ words.T).argmax(1)
@@ -212,40 +302,28 @@ def load_classifier(
     return name_colors
 
 
-def graded(prompt: dict, objects: Objects, name_colors: NameColors) -> float:
+def graded(task: Task, objects: Objects, name_colors: NameColors) -> float:
     """The verdict to train on, 0 to 1: see `judge`."""
-    return judge(prompt, objects, name_colors)["graded"]
+    return judge(task, objects, name_colors)["graded"]
 
 
-def check_prompt(prompt: dict) -> None:
-    """Raises ValueError if a prompt is not one of GenEval's, which say what must be there."""
-    if "include" not in prompt or "tag" not in prompt:
-        raise ValueError('the prompt has no GenEval metadata ("tag", "include")')
-
-
-def load(
-    device: torch.device | str,
-    model: str | None = None,
-    verdict: Callable[[dict, Objects, NameColors], float] = graded,
-):
-    """GenEval's graded verdict, 0 to 1, or another one on the same objects and colors.
+def load(device: torch.device | str, model: str | None = None, verdict: Verdict = graded) -> Reward:
+    """GenEval's graded verdict, 0 to 1, or another verdict on the same objects and colors.
 
     GenEval's own Mask2Former (0.3 GB, fetched and converted once) and CLIP ViT-L/14 (1.7 GB).
-    model: other ones, as "detector", "detector,clip" or ",clip", by name or folder, the detector
-    also as mmdet's file (.pth); "facebook/mask2former-swin-small-coco-instance" is one, whose
-    numbers are not GenEval's. Prompts must be GenEval's metadata.
+    model: others, as "detector", "detector,clip" or ",clip", by name or folder, the detector also
+    as mmdet's file (.pth). "facebook/mask2former-swin-small-coco-instance" works, but its numbers
+    are not GenEval's. The reward raises ValueError for a prompt that `check_prompt` refuses.
     """
     detector, _, clip = (model or "").partition(",")
-    detect = load_detector(device, detector or DETECTOR)
+    detect = load_detector(device, detector or mask2former.URL)
     name_colors = load_classifier(device, clip or CLIP)
 
-    def geneval(images: Tensor, prompts: list[dict]) -> list[float]:
+    def geneval(images: Tensor, metadata: list[dict]) -> list[float]:
         scores = []
-        for image, prompt in zip(images, prompts, strict=True):
-            check_prompt(prompt)
-            counting = prompt["tag"] == "counting"
-            objects = detect(image, COUNTING_THRESHOLD if counting else THRESHOLD)
-            scores.append(verdict(prompt, objects, partial(name_colors, image)))
+        for image, task in zip(images, map(read_metadata, metadata), strict=True):
+            objects = detect(image, COUNTING_THRESHOLD if task.counting else THRESHOLD)
+            scores.append(verdict(task, objects, partial(name_colors, image)))
         return scores
 
     return geneval

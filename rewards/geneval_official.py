@@ -1,18 +1,19 @@
-"""GenEval's own verdict, for evaluation; rewards/geneval.py is graded, for training."""
+"""GenEval's own verdict, 0 or 1, for evaluation; rewards/geneval.py is graded, for training."""
 
 from __future__ import annotations
 
 import torch
 
-from rewards import geneval
-from rewards.geneval import check_prompt  # noqa: F401 (asked for by name)
+from rewards import Reward, geneval
+
+check_prompt = geneval.check_prompt
 
 
-def official(*seen) -> float:
-    """0 or 1, as GenEval counts: see `geneval.judge`, which takes the same."""
-    return geneval.judge(*seen)["official"]
+def official(task: geneval.Task, objects: geneval.Objects, colors: geneval.NameColors) -> float:
+    """0 or 1, as GenEval counts: see `geneval.judge`."""
+    return geneval.judge(task, objects, colors)["official"]
 
 
-def load(device: torch.device | str, model: str | None = None):
+def load(device: torch.device | str, model: str | None = None) -> Reward:
     """0 or 1, as GenEval counts. Otherwise as `rewards.geneval.load`."""
     return geneval.load(device, model, official)
