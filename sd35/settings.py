@@ -142,10 +142,13 @@ class Settings:
     def __post_init__(self) -> None:
         """Check what would otherwise run, or fail late. Raises UserError."""
         self.combine = self.combine or ("advantages" if len(self.reward) > 1 else "rewards")
-        m, number = self.train_samples or 2, self.micro_batch_size.replace("auto", "0")
+        m, number = self.train_samples or 2, self.micro_batch_size.replace("auto", "1")
+        positive = "prompts_per_step num_inference_steps train_timesteps beta rank learning_rate "
+        positive += "updates_per_rollout ema_steps checkpoints_total_limit"
         for rule, broken in {
+            **{f"{name} must be above 0": getattr(self, name) <= 0 for name in positive.split()},
             "group_size must be at least 2": self.group_size < 2,
-            "micro_batch_size must be a number or auto": not number.isdecimal(),
+            "micro_batch_size must be a number or auto": not number.isdecimal() or not int(number),
             "resolution must be a multiple of 16": self.resolution % 16,
             "train_samples must be even and at most --group_size": m % 2 or m > self.group_size,
         }.items():
@@ -222,11 +225,12 @@ def remarks_of(cls: type) -> dict[str, str]:
 def words_of_yaml(path: str, switches: set[str]) -> list[str]:
     """A YAML file of settings as the words of a command line. Raises UserError."""
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = dict(yaml.safe_load(Path(path).read_text("utf-8")) or {})
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from None
     words = []
     for name, value in values.items():
+        name = str(name).replace("-", "_")
         if name in switches:
             words.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
