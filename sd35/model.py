@@ -15,17 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
+import transformers
 from diffusers.training_utils import offload_models
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from sd35.gradient import Velocity
 from sd35.lora import one_line
@@ -48,11 +47,14 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
 
     Transformer and text encoders are in dtype, the VAE in float32. Raises UserError.
     """
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    dtypes = {"default": dtype, "vae": torch.float32}
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    kind, dtypes = diffusers.StableDiffusion3Pipeline, {"default": dtype, "vae": torch.float32}
     try:
-        pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(model, dtype=dtypes)
+        folder = model if Path(model).is_dir() else kind.download(model)
+        parts = kind.load_config(folder).items()
+        absent = {name: None for name, part in parts if part == [None, None]}  # T5 may be
+        pipe = kind.from_pretrained(folder, dtype=dtypes, **absent)
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         hint = "give its name on the hub, or a folder that save_pretrained has written"
         if isinstance(error.__cause__, HfHubHTTPError):
@@ -131,7 +133,7 @@ class Encoder:
         encoded = dict(known)
         for text, one, two, three in zip(new, clip_1, clip_2, last, strict=True):
             embeds, pooled = (torch.cat(pair, -1).cpu() for pair in zip(one, two, strict=True))
-            embeds = F.pad(embeds, (0, three.shape[-1] - embeds.shape[-1]))
+            embeds = nn.functional.pad(embeds, (0, three.shape[-1] - embeds.shape[-1]))
             encoded[text] = Encoded(torch.cat([embeds, three], 1).float(), pooled.float())
         return {text: encoded[text] for text in texts}
 
