@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -64,25 +65,40 @@ def start_from_lora(pipe: Any, theta: list[nn.Parameter], folder: str) -> None:
 
 
 def load_lora(pipe: Any, folder: Path | str, name: str | None = None) -> None:
-    """Load a LoRA into a pipeline, in diffusers' form or in PEFT's. Raises UserError.
+    """Load a LoRA into a pipeline, in the form of diffusers or PEFT. Raises UserError.
 
-    PEFT's is what `save_pretrained` writes: adapter_model.safetensors and adapter_config.json.
+    diffusers' is LORA_FILE, from the pipeline's save_lora_weights or from the transformer's
+    save_lora_adapter. PEFT's is adapter_model.safetensors with adapter_config.json, from
+    save_pretrained.
     """
-    folder = Path(folder)
+    folder, transformer = Path(folder), pipe.transformer
+    is_peft = (folder / "adapter_config.json").exists()
     try:
-        if (folder / "adapter_config.json").exists():
-            config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-            weights = load_file(folder / "adapter_model.safetensors")
-            weights = {k.replace("base_model.model", "transformer"): w for k, w in weights.items()}
-            pipe.load_lora_into_transformer(
-                weights, pipe.transformer, adapter_name=name, metadata=config
-            )
-        else:
+        weights = load_peft_weights(folder, "cpu") if is_peft else load_file(folder / LORA_FILE)
+        weights = {key.removeprefix("base_model.model."): w for key, w in weights.items()}
+        check_layers(weights, transformer, folder)
+        if is_peft:
+            config = LoraConfig.from_pretrained(folder).to_dict()
+            transformer.load_lora_adapter(weights, None, adapter_name=name, metadata=config)
+        elif any(key.startswith("transformer.") for key in weights):
             pipe.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name=name)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        else:
+            transformer.load_lora_adapter(
+                folder, None, weight_name=LORA_FILE, adapter_name=name, use_safetensors=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"cannot load the LoRA in {folder} ({one_line(error)})") from None
-    if not getattr(pipe.transformer, "peft_config", None):  # diffusers only logs that no key fits
-        raise UserError(f"the LoRA in {folder} is not for this model: none of its keys fits")
+
+
+def check_layers(weights: dict[str, Any], transformer: nn.Module, folder: Path) -> None:
+    """Raise UserError if a LoRA has a layer that the model lacks, which diffusers only logs."""
+    layers = {re.split(r"\.lora", key.removeprefix("transformer."))[0] for key in weights}
+    layers = {layer for layer in layers if not layer.startswith("text_encoder")}
+    missing = layers - dict(transformer.named_modules()).keys()
+    if missing or not layers:
+        raise UserError(
+            f"the LoRA in {folder} is not for this model, which has no {min(missing, default='')}"
+        )
 
 
 def save_lora(pipe: Any, folder: Path) -> None:
