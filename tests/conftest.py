@@ -2,16 +2,14 @@ import copy
 import json
 import signal
 
-import flow2d
 import pytest
-import shapes
 import tiny_run
-import tiny_sd35
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-import sd35
 from rewards import geneval
+from tiny_sd35 import pipeline, shapes
+from toy import flow2d
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,9 +19,8 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def keep_signals():
-    """A run takes these signals; after each test they are whose they were."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    """A run sets these handlers; they are put back after each test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -51,7 +48,7 @@ def tiny_clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     texts = [prompt["prompt"] for prompt in shapes.prompt_list()]
     texts += [f"a photo of a {color}-colored object" for color in geneval.COLORS] * 9
-    tokenizer = tiny_sd35.clip_tokenizer(texts, shapes.TOKENS)
+    tokenizer = pipeline.clip_tokenizer(texts, shapes.TOKENS)
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     small["num_attention_heads"] = 2
@@ -74,8 +71,9 @@ def tiny_clip(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with a pipeline, and its prompts."""
+    """A folder with an untrained pipeline of SD3.5's classes, and its prompts."""
     folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
     shapes.build(width=32, layers=2).save_pretrained(folder)
     lines = [json.dumps(prompt) + "\n" for prompt in shapes.prompt_list()[:20]]
     (folder / "prompts.jsonl").write_text("".join(lines))
@@ -84,7 +82,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain(tiny, tmp_path_factory):
-    """The run that others are compared with."""
+    """The folder of the run that others are compared with. Not to be changed."""
     out = tmp_path_factory.mktemp("plain") / "run"
     tiny_run.run(tiny, out)
     return out
@@ -92,15 +90,5 @@ def plain(tiny, tmp_path_factory):
 
 @pytest.fixture
 def tiny_model(tiny):
-    """sd35.Model with a LoRA that does something, and theta_old and saved average are others."""
-    pipe = sd35.load_pipeline(str(tiny), torch.float32)
-    pipe.scheduler = sd35.make_scheduler("dpm++", 3.0)
-    encoded = sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu"))(["red diamond"], {})
-    theta = sd35.add_lora(pipe.transformer, 4, 8, 0, False)
-    model = sd35.Model(pipe, theta, shapes.SIDE, 4, encoded=encoded)
-    with torch.no_grad():
-        for values, scale in ((model.theta, 0.1), (model.old, 0.2), (model.average, 0.3)):
-            for i, value in enumerate(values):
-                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
-                value.add_(scale * noise)
-    return model
+    """A sd35.model.Model with a LoRA that does something; theta_old and the average differ."""
+    return tiny_run.model(tiny)

@@ -1,24 +1,29 @@
-"""Runs of the trainer on the tiny pipeline, for tests."""
+"""Runs of the trainer on the tiny pipeline, and what they leave, for tests."""
 
-import json
 import os
-import random
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
-import shapes
+import torch
 from safetensors.torch import load_file
 
 import train_sd35
+from sd35 import run as sd35_run
+from sd35.lora import LORA_FILE, add_lora
+from sd35.model import Encoder, Model, load_pipeline, make_scheduler
+from sd35.run import read_metrics
+from sd35.settings import Settings, parse
+from tiny_sd35 import shapes
 
 ROOT = Path(__file__).parents[1]
 REWARD = f"{ROOT}/tests/own_rewards.py"
-SAME = ("step", "reward", "gate", "gap", "kl", "clipped", "grad_norm")  # to the bit
+TEXT = "red diamond"
+SAME = ("step", "reward", "gate", "gap", "kl", "clipped", "grad_norm")  # on a resume, to the bit
 
 
 def flags(tiny, out, **changed):
-    """The command line of a run of three steps on the tiny pipeline, with other settings if any."""
+    """The command line of a run of three steps on the tiny pipeline."""
     settings = {
         "model": tiny,
         "train_prompts": f"{tiny}/prompts.jsonl",
@@ -27,6 +32,7 @@ def flags(tiny, out, **changed):
         "resolution": shapes.SIDE,
         "max_sequence_length": shapes.TOKENS,
         "num_inference_steps": 4,
+        "eval_inference_steps": 2,
         "train_timesteps": 2,
         "t_min": 0.5,
         "group_size": 4,
@@ -49,15 +55,18 @@ def flags(tiny, out, **changed):
     return line
 
 
+def settings(tiny, out, **changed):
+    return parse(Settings, flags(tiny, out, **changed))
+
+
 def run(tiny, out, **changed):
-    """The LoRA, metrics and validation pictures that a run leaves."""
-    train_sd35.train(train_sd35.parse_args(flags(tiny, out, **changed)))
+    """Train, and return the LoRA."""
+    train_sd35.train(settings(tiny, out, **changed))
     return lora(out)
 
 
 def lora(out):
-
-    return load_file(out / "pytorch_lora_weights.safetensors")
+    return load_file(out / LORA_FILE)
 
 
 def bits(out):
@@ -65,18 +74,55 @@ def bits(out):
 
 
 def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(out / "metrics.jsonl")
+
+
+def same_steps(out, other):
+    """Whether two runs have the same LoRA and the same metrics, to the bit."""
+    one, two = ([[line[key] for key in SAME] for line in metrics(o)] for o in (out, other))
+    return one == two and bits(out) == bits(other)
 
 
 def difference(one, other):
-    """Of two LoRAs, relative to the size of the first."""
+    """The distance of two LoRAs, relative to the size of the first."""
     assert one.keys() == other.keys()
     squares = [((one[k] - other[k]).square().sum(), one[k].square().sum()) for k in one]
     return (sum(d for d, _ in squares) / sum(n for _, n in squares)).sqrt().item()
 
 
-def on_two_processes(line):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(random.randint(20_000, 40_000)), "train_sd35.py", *line]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+def in_a_child(work, *args):
+    """Call work(*args) under run_script in a fork of this process, and return its wait status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        sd35_run.run_script(lambda: work(*args))
+        os._exit(0)
+    except SystemExit as end:
+        os._exit(end.code)
+    finally:
+        os._exit(99)
+
+
+def model(tiny, rank=4, alpha=8):
+    """A Model with a LoRA that does something; theta_old and the saved average have other ones."""
+    pipe = load_pipeline(str(tiny), torch.float32)
+    pipe.scheduler = make_scheduler("dpm++", 3.0)
+    encoded = Encoder(pipe, shapes.TOKENS, torch.device("cpu"))([TEXT], {})
+    theta = add_lora(pipe.transformer, rank, alpha, 0, False)
+    model = Model(pipe, theta, shapes.SIDE, 4, encoded=encoded)
+    with torch.no_grad():
+        for values, scale in ((model.theta, 0.1), (model.old, 0.2), (model.average, 0.3)):
+            for i, value in enumerate(values):
+                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
+                value.add_(scale * noise)
+    return model
+
+
+def point(model):
+    """Where velocities are compared: x (3, C, h, w), t (3,) and p (3,)."""
+    x = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([0.3, 0.6, 0.9]), torch.zeros(3, dtype=torch.long)

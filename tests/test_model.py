@@ -1,0 +1,190 @@
+"""The model as Algorithm 1 sees it, on a tiny untrained pipeline of SD3.5's classes."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub.errors import GatedRepoError
+from tiny_run import TEXT, point
+
+from sd35 import model as sd35
+from sd35.settings import Settings, UserError, parse
+from tiny_sd35 import shapes
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_four_networks_share_one_set_of_weights(tiny_model, tiny):
+    """Each has the output of a transformer with only its weights; the reference is the base."""
+    networks = (nullcontext, tiny_model.reference, tiny_model.theta_old, tiny_model.saved_average)
+    outputs = [tiny_model.velocity(TEXT, 1, network)(*point(tiny_model)) for network in networks]
+    _, reference, old, average = outputs
+    assert min((a - b).abs().max() for a in outputs for b in outputs if a is not b) > 1e-4
+
+    base = StableDiffusion3Pipeline.from_pretrained(tiny, dtype=torch.float32).transformer
+    (x, t, _), prompt = point(tiny_model), tiny_model.encoded[TEXT]
+    prompt = (prompt.embeds.expand(3, -1, -1), prompt.pooled.expand(3, -1))
+    assert torch.equal(base(x, *prompt, 1000 * t).sample, reference)
+    for values, output in ((tiny_model.old, old), (tiny_model.average, average)):
+        for parameter, value in zip(tiny_model.theta, values, strict=True):
+            parameter.copy_(value)
+        assert torch.equal(tiny_model.velocity(TEXT)(*point(tiny_model)), output)
+
+
+def test_a_context_gives_everything_back_also_after_an_exception(tiny_model):
+    places = [parameter.data_ptr() for parameter in tiny_model.theta]
+    theta = tiny_model.velocity(TEXT)(*point(tiny_model))
+    for network in (tiny_model.reference, tiny_model.theta_old, tiny_model.saved_average):
+        with pytest.raises(ZeroDivisionError), network():
+            raise ZeroDivisionError
+        assert torch.equal(tiny_model.velocity(TEXT)(*point(tiny_model)), theta)
+    assert places == [parameter.data_ptr() for parameter in tiny_model.theta]
+    assert all(parameter.requires_grad for parameter in tiny_model.theta)
+
+
+class InterruptedOnce(list):
+    """Raises KeyboardInterrupt in the middle of its first iteration."""
+
+    def __iter__(self):
+        for i, value in enumerate([*super().__iter__()]):
+            if i == 2 and not hasattr(self, "raised"):
+                self.raised = True
+                raise KeyboardInterrupt
+            yield value
+
+
+def test_restore_completes_what_an_interrupt_left_half_way(tiny_model):
+    places = [parameter.data_ptr() for parameter in tiny_model.theta]
+    with pytest.raises(KeyboardInterrupt), tiny_model.theta_old():
+        tiny_model.own = InterruptedOnce(tiny_model.own)
+    assert places != [parameter.data_ptr() for parameter in tiny_model.theta]
+    tiny_model.restore()
+    assert places == [parameter.data_ptr() for parameter in tiny_model.theta]
+
+
+@torch.no_grad()
+def test_guidance_extrapolates_from_the_empty_prompt(tiny_model):
+    conditional, empty = (tiny_model.velocity(x)(*point(tiny_model)) for x in (TEXT, ""))
+    guided = tiny_model.velocity(TEXT, 4.5)(*point(tiny_model))
+    assert (guided - (empty + 4.5 * (conditional - empty))).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_a_rollout_is_that_of_diffusers_pipeline(guidance, tiny_model, tiny):
+    noise = torch.randn(5, *tiny_model.latent_shape, generator=torch.Generator().manual_seed(1))
+    pipe = StableDiffusion3Pipeline.from_pretrained(tiny, dtype=torch.float32)
+    pipe.scheduler = sd35.make_scheduler("dpm++", 3.0)
+    expected = pipe(
+        [TEXT] * 5,
+        latents=noise,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        height=shapes.SIDE,
+        width=shapes.SIDE,
+        max_sequence_length=shapes.TOKENS,
+        output_type="pt",
+    ).images
+    with tiny_model.reference():
+        reference = tiny_model.decode(tiny_model.sample(TEXT, noise, 4, guidance))
+    images = tiny_model.decode(tiny_model.sample(TEXT, noise, 4, guidance))
+    assert (reference - expected).abs().max() < 1e-4 < (images - expected).abs().max()
+    tiny_model.images_per_pass = 2
+    again = tiny_model.decode(tiny_model.sample(TEXT, noise, 4, guidance))
+    assert (again - images).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_the_vae_has_smaller_passes_where_images_are_large(tiny_model, monkeypatch):
+    latents, sizes, decode = torch.randn(5, *tiny_model.latent_shape), [], sd35.decode
+    whole = tiny_model.decode(latents)
+    monkeypatch.setattr(sd35, "DECODED", 2 * latents[0, 0].numel())
+    monkeypatch.setattr(sd35, "decode", lambda vae, x: sizes.append(len(x)) or decode(vae, x))
+    assert torch.allclose(tiny_model.decode(latents), whole, atol=1e-6) and sizes == [2, 2, 1]
+
+
+def test_the_times_of_a_rollout_are_the_released_schedulers():
+    times = 1000 * sd35.rollout_times(sd35.make_scheduler("dpm++", 3.0), 10)
+    assert times.tolist() == [999, 963, 922, 874, 817, 749, 666, 562, 428, 249]
+    times = 1000 * sd35.rollout_times(sd35.make_scheduler("euler", 3.0), 2)
+    assert times.tolist() == pytest.approx([1000, 8.93], abs=3e-3)
+
+
+def test_the_trained_times_are_those_of_the_rollout_above_t_min():
+    times = sd35.trained_times(parse(Settings, ["--reward", "ocr"]))
+    assert (1000 * times).tolist() == [999, 963, 922, 874, 817, 749, 666]  # what the model gets
+    with pytest.raises(UserError, match="--train_timesteps 4: only 3 of the rollout's 10 times"):
+        sd35.trained_times(parse(Settings, ["--t_min", "0.9"]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, "without T5"])
+def test_prompts_are_encoded_as_by_encode_prompt_to_the_bit(kind, tiny, tmp_path):
+    texts, folder = ["", TEXT, "a blue square and unknown words, which are cut off"], tiny
+    if kind == "without T5":  # as in the pipeline that diffusers loads without it
+        folder, kind = shutil.copytree(tiny, tmp_path / "model"), torch.float32
+        index = json.loads((folder / "model_index.json").read_text())
+        index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = sd35.load_pipeline(str(folder), kind)
+    settings = {"do_classifier_free_guidance": False, "max_sequence_length": shapes.TOKENS}
+    expected = {text: pipe.encode_prompt(text, text, text, **settings) for text in texts}
+    prompts = sd35.Encoder(pipe, shapes.TOKENS, CPU)(texts, {})
+    for text, (embeds, _, pooled, _) in expected.items():
+        assert embeds.dtype == kind and prompts[text].embeds.dtype == torch.float32
+        assert torch.equal(prompts[text].embeds, embeds.float())
+        assert torch.equal(prompts[text].pooled, pooled.float())
+
+
+def test_a_known_prompt_is_not_encoded_again(tiny):
+    encode = sd35.Encoder(sd35.load_pipeline(str(tiny), torch.float32), shapes.TOKENS, CPU)
+    one = encode([TEXT], {})
+    both = encode(["blue square", TEXT, TEXT], one)
+    assert list(both) == ["", "blue square", TEXT] and both[TEXT] is one[TEXT]
+
+
+def test_only_one_network_is_on_the_device_while_prompts_are_encoded(tiny, monkeypatch):
+    """The device is the CPU by another name; transformer and VAE are on it at first."""
+    pipe = sd35.load_pipeline(str(tiny), torch.float32)
+    names = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
+    there, at_work = {"transformer", "vae"}, []
+
+    def watch(name, module):
+        move = there.symmetric_difference_update  # each move is to the other place
+        monkeypatch.setattr(module, "to", lambda device: move({name}))
+        module.register_forward_pre_hook(lambda *_: at_work.append((name, {*there})))
+
+    for name in names:
+        watch(name, getattr(pipe, name))
+    sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu", 0))([TEXT], {})
+    assert at_work == [(name, {name}) for name in names[2:] for _ in range(2)]
+    assert there == {"transformer", "vae"}
+
+
+@pytest.mark.parametrize(("length", "most"), [(4, 3), (99, 5)])
+def test_prompts_that_t5_or_clip_cut_are_told(length, most, tiny):
+    """T5 takes one token for the end, and the tiny CLIP two of its seven for both ends."""
+    encoder = sd35.Encoder(sd35.load_pipeline(str(tiny), torch.float32), length, CPU)
+    whole, cut = "red " * most, "red " * (most + 1)
+    assert encoder.too_long([whole, cut, cut]) == [cut]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "{}/nowhere", "{}"])
+def test_a_model_that_does_not_load_is_one_sentence(name, tmp_path):
+    with pytest.raises(UserError, match="^cannot load --model .*; give its name") as error:
+        sd35.load_pipeline(name.format(tmp_path), torch.float32)
+
+
+def test_a_gated_model_needs_its_licence(monkeypatch):
+    def download(name):
+        response = SimpleNamespace(headers={}, request=None)
+        raise OSError("gated") from GatedRepoError("gated", response=response)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
+    with pytest.raises(UserError, match="accept its licence at https://huggingface.co/a/b and run"):
+        sd35.load_pipeline("a/b", torch.float32)
