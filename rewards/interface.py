@@ -53,10 +53,10 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).numpy()
 
 
-def need(*packages: str) -> None:
-    """Raise RewardError with the pip command unless all packages are installed."""
-    if any(importlib.util.find_spec(package) is None for package in packages):
-        raise RewardError(f"it needs `pip install {' '.join(packages)}`")
+def need(command: str, *modules: str) -> None:
+    """Raise RewardError with the pip command unless all modules can be imported."""
+    if any(importlib.util.find_spec(module) is None for module in modules):
+        raise RewardError(f"it needs `{command}`")
 
 
 def check_place(place: str, function: str) -> None:

@@ -132,7 +132,8 @@ def build_engine(**settings):
 
     Raises RewardError if a package is missing.
     """
-    need("rapidocr", "onnxruntime", "rapidfuzz")
+    packages = "rapidocr", "onnxruntime", "rapidfuzz"
+    need(f"pip install {' '.join(packages)}", *packages)
     from rapidocr import RapidOCR
 
     return RapidOCR(params={"Global.log_level": "error", "Rec.rec_batch_num": 1, **settings})
