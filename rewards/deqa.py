@@ -2,8 +2,8 @@
 
 Its model is mPLUG-Owl2 (Ye et al. 2023, arXiv:2311.04257): a ViT sees the picture, an abstractor
 sums it up in 64 tokens, and a LLaMA 2, whose norms, keys and values have weights of their own for
-such tokens, completes "The quality of the image is". The published code pins a transformers of 2023
-and has to be trusted to run, so the parts are written here, under the published tensors' names.
+these tokens, completes "The quality of the image is". The published code needs a transformers of
+2023 and permission to run, so the forward pass is written out here over the published tensors.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rewards import RewardError, to_bytes
+from rewards import Reward, RewardError, to_bytes
+from rewards.interface import need
 
 MODEL = "zhiyuanyou/DeQA-Score-Mix3"
 BEFORE = "USER: How would you rate the quality of this image?\n"
@@ -24,191 +25,128 @@ AFTER = "\nASSISTANT: The quality of the image is"
 LEVELS = ("bad", "poor", "fair", "good", "excellent")  # 1 to 5
 
 
-class VisionLayer(nn.Module):
-    """A layer of the ViT, CLIP's but for how the queries, keys and values are stored."""
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Attention over (B, heads, tokens, width of a head) -> (B, tokens, width)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
-    def __init__(self, config: dict):
-        super().__init__()
-        width, hidden, eps = (
-            config[key] for key in ("hidden_size", "intermediate_size", "layer_norm_eps")
+
+class Network:
+    """The forward pass. `used` holds the names of the tensors that it has read."""
+
+    def __init__(self, tensors: dict[str, Tensor], config: dict):
+        self.tensors, self.config, self.used = tensors, config, set()
+
+    def get(self, name: str) -> Tensor:
+        self.used.add(name)
+        return self.tensors[name]
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        bias = self.get(f"{name}.bias") if f"{name}.bias" in self.tensors else None
+        return F.linear(x, self.get(f"{name}.weight"), bias)
+
+    def norm(self, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+        return F.layer_norm(
+            x, x.shape[-1:], self.get(f"{name}.weight"), self.get(f"{name}.bias"), eps
         )
-        self.heads = config["num_attention_heads"]
-        self.self_attn = nn.ModuleDict(
-            {"query_key_value": nn.Linear(width, 3 * width), "dense": nn.Linear(width, width)}
-        )
-        self.input_layernorm = nn.LayerNorm(width, eps)
-        self.post_attention_layernorm = nn.LayerNorm(width, eps)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.self_attn["query_key_value"](self.input_layernorm(x))
-        # A head's query, key and value lie side by side.
-        q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.self_attn["dense"](seen)
-        hidden = self.mlp["fc1"](self.post_attention_layernorm(x))
-        return x + self.mlp["fc2"](hidden * torch.sigmoid(1.702 * hidden))  # CLIP's "quick" GELU
+    def rms_norm(self, name: str, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+        return self.get(f"{name}.weight") * y.to(x.dtype)
 
-
-class Vision(nn.Module):
-    """(B, 3, side, side) -> (B, 1 + patches, width)."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        width, patch = config["hidden_size"], config["patch_size"]
-        tokens = 1 + (config["image_size"] // patch) ** 2
-        self.embeddings = nn.Module()
-        self.embeddings.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.embeddings.patch_embed = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.embeddings.position_embedding = nn.Parameter(torch.empty(1, tokens, width))
-        self.embeddings.pre_layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            VisionLayer(config) for _ in range(config["num_hidden_layers"])
-        )
-        self.post_layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        parts = self.embeddings
-        x = parts.patch_embed(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([parts.cls_token.expand(len(x), -1, -1), x], 1) + parts.position_embedding
-        x = parts.pre_layernorm(x)
-        for layer in self.encoder.layers:
-            x = layer(x)
-        return self.post_layernorm(x)
-
-
-class AbstractorLayer(nn.Module):
-    """Queries look at themselves and at the picture; the residual is around the normed queries."""
-
-    def __init__(self, config: dict, patches: int):
-        super().__init__()
-        width, hidden = config["hidden_size"], config["intermediate_size"]
-        queries = config["num_learnable_queries"]
-        self.heads = config["num_attention_heads"]
-        inner = nn.Module()
-        inner.norm1, inner.normk = nn.LayerNorm(width), nn.LayerNorm(width)
-        inner.attention = nn.Module()
-        inner.attention.query = nn.Linear(width, width)
-        inner.attention.key = nn.Linear(width, width)
-        inner.attention.value = nn.Linear(width, width)
-        inner.attention.q_pos_embed = nn.Parameter(torch.empty(queries, width))
-        inner.attention.k_pos_embed = nn.Parameter(torch.empty(patches, width))
-        inner.output = nn.Module()
-        inner.output.out_proj, inner.output.norm2 = nn.Linear(width, width), nn.LayerNorm(width)
-        inner.output.mlp = nn.ModuleDict(
-            {
-                "w1": nn.Linear(width, hidden),
-                "w2": nn.Linear(hidden, width),
-                "w3": nn.Linear(width, hidden),
-                "ffn_ln": nn.LayerNorm(hidden, config["layer_norm_eps"]),
-            }
-        )
-        self.crossattention = inner
-
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        inner, attention, mlp = (
-            self.crossattention,
-            self.crossattention.attention,
-            self.crossattention.output.mlp,
-        )
-        x = inner.norm1(x)
-        both = torch.cat([x, inner.normk(seen)], 1)
-        places = torch.cat([attention.q_pos_embed, attention.k_pos_embed])
-        q, k, v = (
-            y.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for y in (
-                attention.query(x + attention.q_pos_embed),
-                attention.key(both + places),
-                attention.value(both),
+    def see(self, pixels: Tensor) -> Tensor:
+        """The ViT: (B, 3, side, side) -> (B, 1 + patches, width)."""
+        config, tower = self.config["visual_config"]["visual_model"], "model.vision_model."
+        heads, eps = config["num_attention_heads"], config["layer_norm_eps"]
+        kernel = self.get(f"{tower}embeddings.patch_embed.weight")
+        x = F.conv2d(pixels, kernel, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
+        first = self.get(f"{tower}embeddings.cls_token").expand(len(x), -1, -1)
+        x = torch.cat([first, x], 1) + self.get(f"{tower}embeddings.position_embedding")
+        x = self.norm(f"{tower}embeddings.pre_layernorm", x, eps)
+        for i in range(config["num_hidden_layers"]):
+            layer = f"{tower}encoder.layers.{i}."
+            y = self.norm(f"{layer}input_layernorm", x, eps)
+            y = self.linear(f"{layer}self_attn.query_key_value", y)
+            q, k, v = y.unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4)  # head by head
+            x = x + self.linear(f"{layer}self_attn.dense", attend(q, k, v))
+            y = self.linear(
+                f"{layer}mlp.fc1", self.norm(f"{layer}post_attention_layernorm", x, eps)
             )
+            x = x + self.linear(f"{layer}mlp.fc2", y * torch.sigmoid(1.702 * y))
+        return self.norm(f"{tower}post_layernorm", x, eps)
+
+    def abstract(self, seen: Tensor) -> Tensor:
+        """The abstractor: (B, 1 + patches, width) -> (B, queries + 1, the LLaMA's width)."""
+        config, tower = (
+            self.config["visual_config"]["visual_abstractor"],
+            "model.visual_abstractor.",
         )
-        found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + inner.output.out_proj(found)
-        y = inner.output.norm2(x)
-        return x + mlp["w2"](mlp["ffn_ln"](F.silu(mlp["w1"](y)) * mlp["w3"](y)))
+        heads, eps = config["num_attention_heads"], config["layer_norm_eps"]
+        x = self.get(f"{tower}query_embeds").expand(len(seen), -1, -1)
+        for i in range(config["num_hidden_layers"]):
+            layer = f"{tower}encoder.layers.{i}.crossattention."
+            x = self.norm(f"{layer}norm1", x)  # the residual is around the normalised queries
+            both = torch.cat([x, self.norm(f"{layer}normk", seen)], 1)
+            places = [self.get(f"{layer}attention.{name}_pos_embed") for name in "qk"]
+            q = self.linear(f"{layer}attention.query", x + places[0])
+            k = self.linear(f"{layer}attention.key", both + torch.cat(places))
+            v = self.linear(f"{layer}attention.value", both)
+            q, k, v = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+            x = x + self.linear(f"{layer}output.out_proj", attend(q, k, v))
+            y, mlp = self.norm(f"{layer}output.norm2", x), f"{layer}output.mlp."
+            y = F.silu(self.linear(f"{mlp}w1", y)) * self.linear(f"{mlp}w3", y)
+            x = x + self.linear(f"{mlp}w2", self.norm(f"{mlp}ffn_ln", y, eps))
+        end = self.get(f"{tower}vit_eos").expand(len(x), -1, -1)
+        return torch.cat([self.linear(f"{tower}visual_fc", x), end], 1)
 
+    def complete(self, x: Tensor, image: slice) -> Tensor:
+        """The LLaMA: embeddings (B, T, width), a picture at `image` -> the next token's logits."""
 
-class Abstractor(nn.Module):
-    """(B, 1 + patches, width) -> (B, queries + 1, the language model's width)."""
+        def multiway(apply, name: str, y: Tensor) -> Tensor:
+            words, picture = f"{name}.multiway.0", f"{name}.multiway.1"
+            parts = apply(words, y[:, : image.start]), apply(picture, y[:, image])
+            return torch.cat([*parts, apply(words, y[:, image.stop :])], 1)
 
-    def __init__(self, config: dict, patches: int, language_width: int):
-        super().__init__()
-        width, queries = config["hidden_size"], config["num_learnable_queries"]
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            AbstractorLayer(config, patches) for _ in range(config["num_hidden_layers"])
-        )
-        self.query_embeds = nn.Parameter(torch.empty(1, queries, width))
-        self.visual_fc = nn.Linear(width, language_width)
-        self.vit_eos = nn.Parameter(torch.empty(1, 1, language_width))
+        def rotate(y: Tensor) -> Tensor:
+            a, b = y.chunk(2, -1)
+            return y * angles.cos().to(y.dtype) + torch.cat([-b, a], -1) * angles.sin().to(y.dtype)
 
-    def forward(self, seen: Tensor) -> Tensor:
-        x = self.query_embeds.expand(len(seen), -1, -1)
-        for layer in self.encoder.layers:
-            x = layer(x, seen)
-        return torch.cat([self.visual_fc(x), self.vit_eos.expand(len(x), -1, -1)], 1)
-
-
-class Multiway(nn.Module):
-    """A module for the words, and its twin for the tokens `image` (start, stop) of the picture."""
-
-    def __init__(self, words: nn.Module, picture: nn.Module, image: tuple[int, int]):
-        super().__init__()
-        self.multiway, self.image = nn.ModuleList([words, picture]), image
-
-    def forward(self, x: Tensor) -> Tensor:
-        (words, picture), (start, stop) = self.multiway, self.image
-        parts = words(x[:, :start]), picture(x[:, start:stop]), words(x[:, stop:])
-        return torch.cat(parts, 1)
-
-
-def build(config: dict, start: int) -> nn.Module:
-    """The whole model, without values, for pictures whose tokens begin at `start`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    vision, abstractor = (config["visual_config"][k] for k in ("visual_model", "visual_abstractor"))
-    tokens = 1 + (vision["image_size"] // vision["patch_size"]) ** 2
-    image = (start, start + abstractor["num_learnable_queries"] + 1)
-    keys = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-        " num_key_value_heads rms_norm_eps max_position_embeddings"
-    )
-    language = LlamaConfig(**{key: config[key] for key in keys.split() if key in config})
-    with torch.device("meta"):
-        model = LlamaForCausalLM(language)
-        twin = LlamaForCausalLM(language)
-        for layer, other in zip(model.model.layers, twin.model.layers, strict=True):
-            for owner, its, name in (
-                (layer, other, "input_layernorm"),
-                (layer, other, "post_attention_layernorm"),
-                (layer.self_attn, other.self_attn, "k_proj"),
-                (layer.self_attn, other.self_attn, "v_proj"),
-            ):
-                setattr(owner, name, Multiway(getattr(owner, name), getattr(its, name), image))
-        model.model.vision_model = Vision(vision)
-        model.model.visual_abstractor = Abstractor(abstractor, tokens, language.hidden_size)
-    model.model.rotary_emb = LlamaRotaryEmbedding(language)  # holds values that no file has
-    return model.eval()
+        heads = self.config["num_attention_heads"]
+        half = x.shape[2] // heads // 2
+        speeds = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+        angles = (torch.arange(x.shape[1], device=x.device)[:, None] * speeds).repeat(1, 2)
+        for i in range(self.config["num_hidden_layers"]):
+            layer = f"model.layers.{i}."
+            y = multiway(self.rms_norm, f"{layer}input_layernorm", x)
+            q = self.linear(f"{layer}self_attn.q_proj", y)
+            k = multiway(self.linear, f"{layer}self_attn.k_proj", y)
+            v = multiway(self.linear, f"{layer}self_attn.v_proj", y)
+            q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+            y = attend(rotate(q), rotate(k), v, causal=True)
+            x = x + self.linear(f"{layer}self_attn.o_proj", y)
+            y = multiway(self.rms_norm, f"{layer}post_attention_layernorm", x)
+            gate = F.silu(self.linear(f"{layer}mlp.gate_proj", y))
+            y = gate * self.linear(f"{layer}mlp.up_proj", y)
+            x = x + self.linear(f"{layer}mlp.down_proj", y)
+        return self.linear("lm_head", self.rms_norm("model.norm", x[:, -1]))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's shards. Raises RewardError if it has none."""
     from safetensors.torch import load_file
 
-    state: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        state |= load_file(file)
-    for file in [] if state else sorted(folder.glob("pytorch_model*.bin")):
-        state |= torch.load(file, map_location="cpu", weights_only=True)
-    if not state:
+        tensors |= load_file(file)
+    for file in [] if tensors else sorted(folder.glob("pytorch_model*.bin")):
+        tensors |= torch.load(file, map_location="cpu", weights_only=True)
+    if not tensors:
         raise RewardError(f"{folder} has no weights: no *.safetensors, no pytorch_model*.bin")
-    return {name: x for name, x in state.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def squares(pixels: np.ndarray, grey: list[int]) -> np.ndarray:
-    """Pictures (N, H, W, 3) in the middle of squares (N, S, S, 3), S the longer side."""
+    """Pictures (N, H, W, 3) in the middle of grey squares (N, S, S, 3), S the longer side."""
     number, height, width, _ = pixels.shape
     side = max(height, width)
     square = np.empty((number, side, side, 3), np.uint8)
@@ -218,53 +156,48 @@ def squares(pixels: np.ndarray, grey: list[int]) -> np.ndarray:
     return square
 
 
-def load(device: torch.device | str, model: str | None = None):
+def load(device: torch.device | str, model: str | None = None) -> Reward:
     """DeQA-Score, the expected level from 1, bad, to 5, excellent.
 
     8 B parameters, 16 GB in float16 (weights: MIT and LLaMA 2's licence). model: another of its
-    kind, by name or folder, with config.json, preprocessor_config.json, tokenizer.model and its
-    tensors. The code that lies beside the published weights is not run. Written from the published
-    architecture; the published weights themselves have not been run through it.
+    kind, by name or folder. Its own code is not run. Written from the published architecture and
+    not yet run with the published weights. Raises RewardError if a package, a file or a tensor is
+    missing or a tensor is not used.
     """
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise RewardError("it needs `pip install sentencepiece`") from None
+    need("pip install sentencepiece", "sentencepiece")
     from huggingface_hub import snapshot_download
+    from sentencepiece import SentencePieceProcessor
+    from transformers import CLIPImageProcessorPil
 
     name = model or MODEL
     patterns = ["*.json", "tokenizer.model", "*.safetensors", "pytorch_model*.bin"]
     folder = Path(name if Path(name).is_dir() else snapshot_download(name, allow_patterns=patterns))
-    for needed in ("config.json", "preprocessor_config.json", "tokenizer.model"):
-        if not (folder / needed).is_file():
-            raise RewardError(f"{folder} has no {needed}")
-    # Imported here, because the import warns where torchvision is missing.
-    from transformers import CLIPImageProcessor
-
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    processor = CLIPImageProcessor.from_pretrained(folder)
-    # SentencePiece itself, not transformers' tokenizer, which asks whether to run the code of
-    # config.json's auto_map; the tests compare their tokens.
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    # SentencePiece itself, because transformers' tokenizer asks whether to run the published code.
     words = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    before, after = [words.bos_id(), *words.encode(BEFORE)], words.encode(AFTER)
+    tokens = [words.bos_id(), *words.encode(BEFORE)], words.encode(AFTER)
+    before, after = (torch.tensor(each, device=device) for each in tokens)
     levels = [words.encode(level)[0] for level in LEVELS]
-    network = build(config, start=len(before))
     dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
     tensors = {key: x.to(device, dtype) for key, x in read_tensors(folder).items()}
-    network.load_state_dict(tensors, assign=True)
-    network.to(device)
-    grey = [int(255 * x) for x in processor.image_mean]  # truncated, as the published code does
-    tokens = torch.tensor([*before, *after], device=device)
+    network = Network(tensors, config)
+    grey = [int(255 * x) for x in processor.image_mean]  # truncated, as in the published code
 
     @torch.no_grad()
-    def deqa(images: Tensor, prompts: list[dict]) -> Tensor:
-        pixels = squares(to_bytes(images), grey)
-        inputs = processor(list(pixels), return_tensors="pt")["pixel_values"].to(device, dtype)
-        seen = network.model.visual_abstractor(network.model.vision_model(inputs))
-        text = network.model.embed_tokens(tokens).expand(len(seen), -1, -1)
-        cut = len(before)
-        embeds = torch.cat([text[:, :cut], seen, text[:, cut:]], 1)
-        logits = network(inputs_embeds=embeds, use_cache=False).logits[:, -1, levels].float()
-        return logits.softmax(1) @ torch.arange(1.0, 6.0, device=device)
+    def deqa(images: Tensor) -> Tensor:
+        pixels = processor(list(squares(to_bytes(images), grey)), return_tensors="pt")
+        pixels = pixels["pixel_values"].to(device, dtype)
+        picture = network.abstract(network.see(pixels))
+        text = network.get("model.embed_tokens.weight")
+        start, end = (text[each].expand(len(picture), -1, -1) for each in (before, after))
+        image = slice(len(before), len(before) + picture.shape[1])
+        logits = network.complete(torch.cat([start, picture, end], 1), image)[:, levels]
+        return logits.float().softmax(1) @ torch.arange(1.0, 6.0, device=device)
 
+    side = config["visual_config"]["visual_model"]["image_size"]
+    deqa(torch.zeros(1, 3, side, side))
+    unused = tensors.keys() - network.used
+    if unused:
+        raise RewardError(f"{folder} has tensors of another network, such as {min(unused)}")
     return deqa
