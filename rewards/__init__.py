@@ -93,7 +93,7 @@ def check_prompts(names: Iterable[str], prompts: list[dict]) -> None:
 def load(name: str, device: torch.device | str, model: str | None = None) -> Reward:
     """Load the reward of a parsed name, with its weights on `device`; `model` replaces them.
 
-    Raises RewardError, from the original error unless that was a plain sentence already.
+    Raises RewardError, whatever goes wrong.
     """
     place, _, function = name.rpartition(":")
     with interface.named_errors(f"cannot load the reward {name}"):
@@ -101,10 +101,7 @@ def load(name: str, device: torch.device | str, model: str | None = None) -> Rew
             raise RewardError("a reward of your own loads its weights itself")
         if place:
             return interface.load_own(place, function)
-        try:
-            return importlib.import_module(f"rewards.{name}").load(device, model)
-        except OSError as error:  # no weights and no network: the library's sentence is enough
-            raise RewardError(interface.first_line(error)) from None
+        return importlib.import_module(f"rewards.{name}").load(device, model)
 
 
 def score(

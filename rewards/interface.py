@@ -11,7 +11,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from inspect import Parameter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,25 +31,16 @@ class RewardError(ValueError):
 def named_errors(what: str) -> Iterator[None]:
     """Raise any error, and any attempt to exit, as a RewardError that begins with `what`.
 
-    The original error is its cause unless it was a RewardError, whose sentence says it all.
+    Its cause is the original error, unless that is an OSError or RewardError: their sentence will
+    do, and for other errors the traceback says more.
     """
     try:
         yield
-    except RewardError as error:
-        raise RewardError(f"{what}: {error}") from None
     except (Exception, SystemExit) as error:
-        raise RewardError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Convert images (N, 3, H, W) in [0, 1] to uint8 pixels (N, H, W, 3)."""
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-    return pixels.permute(0, 2, 3, 1).numpy()
+        plain = isinstance(error, OSError | RewardError)
+        line = str(error).strip().partition("\n")[0]
+        line = line if isinstance(error, RewardError) else f"{type(error).__name__}: {line}"
+        raise RewardError(f"{what}: {line}") from (None if plain else error)
 
 
 def need(command: str, *modules: str) -> None:
@@ -60,7 +50,7 @@ def need(command: str, *modules: str) -> None:
 
 
 def check_place(place: str, function: str) -> None:
-    """Raise RewardError if there is no such file or package, or the file lacks the function.
+    """Raise RewardError if a file or package does not exist, or the file lacks the function.
 
     Nothing is imported, so that a misspelt name is reported before anything is loaded.
     """
@@ -74,38 +64,22 @@ def check_place(place: str, function: str) -> None:
 
 
 def import_file(file: Path) -> ModuleType:
-    """Import a file, once per process; as in a script, it can import the files beside it.
+    """Import a file by its stem, so that it can import the files beside it, as a script can.
 
-    The module is called by the file's stem where importing that name leads to the file, so that
-    other processes can unpickle its objects, and by the file's path otherwise.
+    Raises RewardError if another module has this name.
     """
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
-    spec = importlib.util.find_spec(file.stem) if "." not in file.stem else None
-    if spec and spec.origin == str(file):
-        return importlib.import_module(file.stem)
-
-    name = str(file)
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[name])
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    module = importlib.import_module(file.stem)
+    if module.__file__ != str(file):
+        raise RewardError(f"rename {file.name}: there is already a module {file.stem}")
+    return module
 
 
 def load_own(place: str, function: str) -> Callable:
-    """Import a user's reward from a file or a package.
-
-    Raises RewardError if it cannot be called as a reward, and what the import itself raises.
-    """
-    if place.endswith(".py"):
-        module = import_file(Path(place).resolve())
-    else:
-        module = importlib.import_module(place)
+    """Import a user's reward. Raises RewardError if it cannot be called as one."""
+    file = Path(place).resolve()
+    module = import_file(file) if place.endswith(".py") else importlib.import_module(place)
     reward = getattr(module, function)
     try:
         arguments(reward, None, None, None)
@@ -122,20 +96,16 @@ def arguments(reward: Callable, images: Any, prompts: Any, metadata: Any) -> tup
     """
     if inspect.isclass(reward):
         raise TypeError(f"{reward.__name__} is a class and must be instantiated")
-    function = reward.forward if isinstance(reward, torch.nn.Module) else reward
-    signature = inspect.signature(function, follow_wrapped=False)
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    if Parameter.VAR_POSITIONAL in kinds:  # a decorator's (*args, **kwargs): look inside
-        signature = inspect.signature(function)
-        kinds = {parameter.kind for parameter in signature.parameters.values()}
-
+    signature = inspect.signature(reward.forward if isinstance(reward, torch.nn.Module) else reward)
     known = {"images": images, "prompts": prompts, "metadata": metadata}
-    takes_any_name = Parameter.VAR_KEYWORD in kinds and Parameter.VAR_POSITIONAL not in kinds
     by_name = {
         name: value
         for name, value in {**known, "prompt_metadata": metadata}.items()
-        if name in signature.parameters or takes_any_name and name in known
+        if name in signature.parameters
     }
+    if any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
+        by_name |= known
+
     ways = [((), by_name)] if by_name else []
     ways += [((images, prompts), {}), ((images, prompts, metadata), {})]
     for args, kwargs in ways:
@@ -159,7 +129,7 @@ def numbers(values: Any) -> Tensor:
     Raises TypeError, ValueError or OverflowError if anything else is among them.
     """
     if isinstance(values, Tensor):
-        values = values.detach().cpu().double()
+        values = values.detach().cpu().double().numpy()
     elif isinstance(values, list | tuple):
         values = [math.nan if value is None else float(value) for value in values]
     tensor = torch.from_numpy(np.array(values, np.float64)).float()
@@ -181,3 +151,9 @@ def split(result: Any) -> tuple[Tensor, dict[str, float]]:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             means[key] = numbers(value).nanmean().item()
     return numbers(result[0]), {key: mean for key, mean in means.items() if not math.isnan(mean)}
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Convert images (N, 3, H, W) in [0, 1] to uint8 pixels (N, H, W, 3)."""
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return pixels.permute(0, 2, 3, 1).numpy()
