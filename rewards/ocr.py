@@ -161,7 +161,7 @@ def reading_order(boxes: np.ndarray) -> list[int]:
     before its middle and shares at least half of the lower one's height with it.
     """
     lines: list[list[int]] = []
-    for i in np.argsort(boxes[:, :, 0].mean(1), kind="stable"):
+    for i in np.lexsort((boxes[:, 0, 1], boxes[:, 0, 0])):
         best, most = None, 0.5
         for line in lines:
             left, right = boxes[line[-1]], boxes[i]
@@ -177,10 +177,10 @@ def reading_order(boxes: np.ndarray) -> list[int]:
 
 
 def as_it_stands(box: np.ndarray, reading: tuple, turned: tuple) -> str:
-    """The text of a box (4, 2), given what is read in it and in it turned: text and confidence.
+    """The text of a box (4, 2), given (text, confidence) of it and of it turned by 180 degrees.
 
-    It is empty if the text is upside down, which no confidence tells of words such as NOON, or not
-    read with confidence. A tall box, whose lines run up or down, may be read either way.
+    It is empty if the box is upside down or not read with confidence. Words such as NOON, whose
+    letters are letters both ways, are read as they stand. A tall box may run up or down.
     """
     text, confidence = reading
     if turned[1] > confidence + MARGIN and not set(text) <= BOTH_WAYS:
