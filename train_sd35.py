@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -56,14 +56,14 @@ class Trainer:
         self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
         self.held = held  # the context in which a signal waits
         self.done, self.between_steps = 0, False
+        self.metrics: dict[str, Any] = {}  # of a step, until they are written
         self.times = sd35.trained_times(settings)
         self.encoder = sd35.Encoder(pipe, settings.max_sequence_length, self.device)
 
         pipe.scheduler = sd35.make_scheduler(settings.sampler, settings.flow_shift)
         pipe.transformer.to(self.device)
         pipe.vae.to(self.device)
-        checkpointing = settings.gradient_checkpointing
-        lora = settings.rank, settings.lora_alpha, settings.seed, checkpointing
+        lora = settings.rank, settings.lora_alpha, settings.seed, settings.gradient_checkpointing
         theta = add_lora(pipe.transformer, *lora)
         if settings.init_lora:
             start_from_lora(pipe, theta, settings.init_lora)
@@ -106,13 +106,11 @@ class Trainer:
     def rollout(self, step: int, p: int, text: str) -> Tensor:
         """Line 4: a group's latents (G, C, h, w), by theta_old, or offline by the reference."""
         settings, model = self.settings, self.model
-        noise = torch.stack(
-            [self.noise(sd35.NOISE, step, p, g) for g in range(settings.group_size)]
-        )
+        noise = [self.noise(sd35.NOISE, step, p, g) for g in range(settings.group_size)]
         online = model.theta_old if step > settings.old_after else nullcontext
         with model.reference() if settings.offline else online():
             steps, guidance = settings.num_inference_steps, settings.guidance_scale
-            return model.sample(text, noise, steps, guidance)
+            return model.sample(text, torch.stack(noise), steps, guidance)
 
     def score(self, images: Tensor, prompt: dict, clock: run.Clock) -> dict[str, tuple]:
         """Line 6: the scores of a group by each reward, and the reward's info."""
@@ -155,43 +153,40 @@ class Trainer:
 
     def take_step(self, chosen: list[dict], step: int) -> dict[str, Any]:
         """Lines 4 to 15 of Algorithm 1 for the step's prompts. Returns the step's metrics."""
-        settings, clock, U = (
-            self.settings,
-            run.Clock(self.device),
-            self.settings.updates_per_rollout,
-        )
+        settings, clock = self.settings, run.Clock(self.device)
         latents, scores, info = self.draw_and_score(chosen, step, clock)  # lines 4 to 6
 
-        with clock("train"):
-            samples, advantages = self.advantages(scores)  # line 7
-            finite = torch.stack([values for _, values in scores.values()]).isfinite().all(2).all(0)
-            # Without a preference, what is left of the loss is the KL.
-            trained = finite & (advantages.any(1) | (settings.kl > 0))
+        with ExitStack() as stack:
+            with clock("train"):
+                samples, advantages = self.advantages(scores)  # line 7
+                finite = torch.stack([values for _, values in scores.values()])
+                finite = finite.isfinite().all((0, 2))
+                # Without a preference, what is left of the loss is the KL.
+                trained = finite & (advantages.any(1) | (settings.kl > 0))
 
-            # A signal waits while theta is between two steps.
-            groups, norms = [], []
-            with self.held() if U > 1 else nullcontext():
-                for update in range(U):
+                groups, norms = [], []
+                for update in range(settings.updates_per_rollout):
                     self.optimizer.zero_grad()
                     for p in [p for p in latents if trained[p]]:  # lines 8 to 13
                         x0, text = latents[p][samples[p]], chosen[p]["prompt"]
                         groups.append(self.backward_group(step, update, p, text, x0, advantages[p]))
                     self.reduce_gradients()
-                    with self.held():
+                    if not update:
+                        stack.enter_context(self.held())  # from here, a signal waits for the end
                         self.between_steps = True
-                        norms.append(self.update(bool(trained.any())))  # line 14
-                        if update == U - 1:
-                            self.follow(step)  # line 15
-                            self.done, self.between_steps = step + 1, False
-        return {
-            "step": self.done,
-            **run.reward_metrics(scores, advantages, finite),
-            **info,
-            **run.mean_over_processes(groups),
-            "grad_norm": None if None in norms else sum(norms) / U,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            **clock.metrics(len(chosen) * settings.group_size),
-        }
+                    norms.append(self.update(bool(trained.any())))  # line 14
+                self.follow(step)  # line 15
+                self.done, self.between_steps = step + 1, False
+            self.metrics = {
+                "step": self.done,
+                **run.reward_metrics(scores, advantages, finite),
+                **info,
+                **run.mean_over_processes(groups),
+                "grad_norm": None if None in norms else sum(norms) / len(norms),
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                **clock.metrics(len(chosen) * settings.group_size),
+            }
+        return self.metrics
 
     def advantages(self, scores: Scores) -> tuple[Tensor, Tensor]:
         """Line 7: which samples to train on, indices (P, m), and their advantages (P, m)."""
@@ -316,13 +311,13 @@ def launch(settings: Settings) -> Accelerator:
 
 def read_prompts(settings: Settings) -> tuple[list[dict], list[dict]]:
     """Training and validation prompts, checked against the rewards. Raises UserError."""
+    trained, watched = rewards.parse(settings.reward), rewards.parse(settings.eval_reward)
     training = prompts.load(settings.train_prompts or task_of(settings.reward))
     if settings.validation_prompts:
         validation = prompts.load(settings.validation_prompts)
     else:
         n = min(8, len(training) // 8)
         training, validation = training[: len(training) - n], training[-n:] if n else training[:1]
-    trained, watched = rewards.parse(settings.reward), rewards.parse(settings.eval_reward)
     rewards.check_prompts(trained, training)
     rewards.check_prompts([*trained, *watched], validation)
     return training, validation
@@ -334,6 +329,7 @@ def train(settings: Settings) -> None:
     run.check_tracker(settings.report_to)
     if settings.push_to_hub and not huggingface_hub.get_token():
         raise UserError("--push_to_hub needs a token; run `hf auth login`, or set HF_TOKEN")
+    sd35.trained_times(settings)  # to find a mistake before the model is loaded
     training, validation = read_prompts(settings)
     state = run.open_folder(settings)
     if state and state["step"] >= settings.max_train_steps and (out / LORA_FILE).exists():
@@ -375,7 +371,9 @@ def train(settings: Settings) -> None:
             show = trainer.done % settings.validation_steps == 0 or trainer.done == last
             if main_process:
                 scores, sheet = watch(trainer.done) if show else ({}, None)
-                run.add_metrics(metrics_file, metrics | scores)
+                with interrupts.held():
+                    run.add_metrics(metrics_file, metrics | scores)
+                    trainer.metrics = {}
                 run.track(accelerator, metrics | scores, sheet)
             if main_process and show:
                 report.plot_curves(metrics_file, out / "curves.png")
@@ -389,6 +387,8 @@ def train(settings: Settings) -> None:
     except BaseException as error:  # whatever ends the run, its steps are saved
         progress.close()
         trainer.save()
+        if main_process and trainer.metrics:
+            run.add_metrics(metrics_file, trainer.metrics)
         saved = f"after {trainer.done} steps; continue with --resume_from_checkpoint latest"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"stopped {saved}") from None

@@ -114,22 +114,24 @@ def open_folder(settings: Settings) -> dict[str, Any] | None:
     """
     out, wanted = Path(settings.output_dir), settings.resume_from_checkpoint
     saved = checkpoints(out)
-    if not wanted:
-        if saved or (out / LORA_FILE).exists():
-            raise UserError(
-                f"--output_dir {out} holds a run; give another folder, or continue the run with "
-                "--resume_from_checkpoint latest"
-            )
+    holds_run = saved or (out / LORA_FILE).exists()
+    taken = f"--output_dir {out} holds a run; give another folder, or continue the run with "
+    taken += "--resume_from_checkpoint latest"
+    if not wanted and holds_run:
+        raise UserError(taken)
+    if not wanted or (wanted == "latest" and not saved):
         return None
-    if wanted == "latest" and not saved:
-        return None
+
     checkpoint = saved[-1] if wanted == "latest" else Path(wanted)
-    if not (checkpoint / "state.pt").exists() and (out / wanted / "state.pt").exists():
+    if (out / wanted / "state.pt").exists():
         checkpoint = out / wanted  # as in diffusers' scripts, a name in output_dir
     if not (checkpoint / "state.pt").exists():
         raise UserError(f"--resume_from_checkpoint: {wanted} is not a checkpoint; give latest")
+    if holds_run and checkpoint.resolve().parent != out.resolve():
+        raise UserError(taken)
 
     before = yaml.safe_load((checkpoint / "settings.yaml").read_text("utf-8"))
+    settings.mixed_precision = settings.mixed_precision or before["mixed_precision"]
     fixed = {name for name in asdict(settings) if name not in FREE_TO_CHANGE}
     fixed |= {"max_train_steps"} if settings.lr_scheduler == "cosine" else set()
     for name in sorted(fixed):
