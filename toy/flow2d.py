@@ -1,4 +1,4 @@
-"""The 2-D world: a ring of Gaussians, a network that has learnt to sample it, and a known reward.
+"""The 2-D world: a ring of Gaussians, a network that learns to sample it, and a known reward.
 
 Everything the paper calls intractable is exact here: log p_ref(x|c), Z(c) of Eq. 5, the RLHF
 optimum p*(x|c), and the log-density of a learned flow. Points are (..., 2), conditions c are
@@ -8,19 +8,15 @@ integer tensors that broadcast with the points' leading axes, and log-densities 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python toy/run_2d.py` finds dgpo.py
-import dgpo  # noqa: E402
+import dgpo
 
 CONDITIONS, MODES, RADIUS, STD = 4, 8, 2.0, 0.15
-PRETRAINING_STEPS = 1500  # after which `pretrain` has learnt the data
+PRETRAINING_STEPS = 1500  # after which `pretrain` with its default rate has learnt the data
 
 
 def mode_centers(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -32,15 +28,14 @@ def mode_centers(dtype: torch.dtype = torch.float32) -> Tensor:
 def mode_weights(c: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """p_ref's mixture weights (..., MODES): mode i has (i + 3c) mod 8 + 1 parts of 36.
 
-    They differ between conditions, so that Z(c) does too: mode 2c, which the reward of c asks for,
-    has the weight 1/36, 6/36, 3/36 and 8/36 for c = 0, 1, 2, 3.
+    Mode 2c, the best under c, has 1, 6, 3 and 8 of them for c = 0, 1, 2, 3, so Z(c) differs too.
     """
     steps = (torch.arange(MODES) + 3 * c[..., None]) % MODES + 1
     return steps.to(dtype) / (MODES * (MODES + 1) / 2)
 
 
 def target(c: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Where condition c wants its points: the centre of every second mode, (..., 2)."""
+    """The point with the highest reward under c, the centre of every second mode: (..., 2)."""
     return mode_centers(dtype)[2 * c]
 
 
@@ -123,7 +118,7 @@ class VelocityNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """x (B, dims), t (B,), c (B,) -> v (B, dims)."""
         phase = t[:, None] * self.frequencies
-        condition = F.one_hot(c, CONDITIONS).to(x.dtype)
+        condition = nn.functional.one_hot(c, CONDITIONS).to(x.dtype)
         return self.layers(torch.cat([x, phase.cos(), phase.sin(), condition], 1))
 
 
@@ -132,12 +127,13 @@ def pretrain(
     steps: int,
     generator: torch.Generator,
     sample_data: Callable[[Tensor, torch.Generator], Tensor] = sample_ref,
+    peak: float = 1e-2,
 ) -> Iterator[float]:
     """Flow matching: fit `model` in place to the data, and yield the loss after every step.
 
-    sample_data: (c (N,), generator) -> x0 (N, ...).
+    sample_data: (c (N,), generator) -> x0 (N, ...). peak: the highest learning rate.
     """
-    batch, peak = 1024, 1e-2
+    batch = 1024
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)
     for _ in range(steps):
@@ -157,19 +153,16 @@ def pretrain(
 def flow_log_prob(model: nn.Module, c: Tensor, x: Tensor, steps: int = 50) -> Tensor:
     """Exact log-density (N,) of a learned flow at x (N, 2) under c (N,), by Runge-Kutta of order 4.
 
-    Along the flow d log p_t(x_t)/dt = -div v (the continuity equation), so
-    log p_0(x_0) = log N(x_1; 0, I) + int_0^1 div v(x_t, t) dt. In 2-D the divergence is two calls
-    of autograd, with no estimator in it.
+    Along the flow d log p_t(x_t)/dt = -div v (the continuity equation), so log p_0(x_0) is
+    log N(x_1; 0, I) + int_0^1 div v(x_t, t) dt. In 2-D autograd gives the divergence exactly.
     """
 
     def slope(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             v = model(x, x.new_full((len(x),), t), c)
-            dv_x, dv_y = (
-                torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0] for i in (0, 1)
-            )
-        return v.detach(), dv_x[:, 0] + dv_y[:, 1]
+            dv = [torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0] for i in (0, 1)]
+        return v.detach(), dv[0][:, 0] + dv[1][:, 1]
 
     h = 1 / steps
     integral = torch.zeros_like(x[:, 0])
@@ -198,8 +191,8 @@ def on_mode_share(x: Tensor) -> float:
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| from samples (N, 2) of p_X and (M, 2) of p_Y.
 
-    It is 0 if p_X = p_Y and else positive. The estimate is unbiased, as no point is paired with
-    itself; so it scatters about its value, and for equal densities may be just below 0.
+    It is 0 if p_X = p_Y, and otherwise positive. No point is paired with itself, so the estimate is
+    unbiased, and for equal densities it may be slightly negative.
     """
     between = torch.cdist(x, y).mean()
     within = sum(torch.pdist(z).sum() * 2 / (len(z) * (len(z) - 1)) for z in (x, y))
