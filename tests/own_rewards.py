@@ -1,6 +1,9 @@
 """A user's own rewards, good and bad, for tests of the trainer."""
 
+import os
 import sqlite3
+import time
+from pathlib import Path
 
 import torch
 
@@ -44,3 +47,8 @@ def darkening(images, prompts):
     images.mul_(-1)
     prompts.clear()
     return -images.mean((1, 2, 3))
+
+
+def forever(images, prompts):
+    Path(os.environ["BEGUN"]).touch()
+    time.sleep(1000)
