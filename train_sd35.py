@@ -63,7 +63,8 @@ class Trainer:
         pipe.scheduler = sd35.make_scheduler(settings.sampler, settings.flow_shift)
         pipe.transformer.to(self.device)
         pipe.vae.to(self.device)
-        lora = settings.rank, settings.lora_alpha, settings.seed, settings.gradient_checkpointing
+        checkpointing = settings.gradient_checkpointing is not False  # until auto knows better
+        lora = settings.rank, settings.lora_alpha, settings.seed, checkpointing
         theta = add_lora(pipe.transformer, *lora)
         if settings.init_lora:
             start_from_lora(pipe, theta, settings.init_lora)
@@ -338,7 +339,7 @@ def train(settings: Settings) -> None:
 
     accelerator = launch(settings)
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
-    pipe = sd35.load_pipeline(settings.pretrained_model_name_or_path, dtype)
+    pipe = sd35.load_pipeline(settings.pretrained_model_name_or_path, dtype, settings.quantize)
     interrupts = run.Interrupts()
     trainer = Trainer(settings, accelerator, pipe, interrupts.held)
     model, main_process = trainer.model, accelerator.is_main_process

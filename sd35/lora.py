@@ -25,6 +25,16 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def quantize_int8(*modules: nn.Module | None) -> None:
+    """Hold the weights of all linear layers in 8 bits, in place, before a LoRA is added to them."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise UserError("--quantize int8 needs `pip install torchao`") from None
+    for module in filter(None, modules):
+        quantize_(module, Int8WeightOnlyConfig(version=2))
+
+
 def add_lora(
     transformer: nn.Module, rank: int, alpha: int, seed: int, checkpointing: bool
 ) -> list[nn.Parameter]:

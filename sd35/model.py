@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
 from sd35.gradient import Velocity
-from sd35.lora import one_line
+from sd35.lora import one_line, quantize_int8
 from sd35.settings import Settings, UserError
 
 Context = Callable[[], AbstractContextManager]
@@ -42,11 +42,15 @@ def seeded(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> 1))
 
 
-def load_pipeline(model: str, dtype: torch.dtype) -> Any:
+def load_pipeline(model: str, dtype: torch.dtype, quantize: str = "none") -> Any:
     """The StableDiffusion3Pipeline of a hub name or a folder, frozen and in eval mode, on the CPU.
 
-    Transformer and text encoders are in dtype, the VAE in float32. Raises UserError.
+    Transformer and text encoders are in dtype, the VAE in float32. quantize: "int8" holds the
+    linear layers of the transformer and of T5 in 8 bits. Raises UserError.
     """
+    if quantize == "int8":
+        quantize_int8()  # fails at once if torchao is missing
+    transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     kind, dtypes = diffusers.StableDiffusion3Pipeline, {"default": dtype, "vae": torch.float32}
@@ -64,6 +68,8 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
+    if quantize == "int8":
+        quantize_int8(pipe.transformer, pipe.text_encoder_3)
     return pipe
 
 
@@ -138,7 +144,7 @@ class Encoder:
         return {text: encoded[text] for text in texts}
 
     def too_long(self, texts: list[str]) -> list[str]:
-        """The prompts that CLIP or T5 truncate, while a reward reads them whole."""
+        """The prompts that CLIP or T5 truncates, while a reward reads them whole."""
         limits = [(self.pipe.tokenizer, self.pipe.tokenizer_max_length)]
         limits += [(self.pipe.tokenizer_3, self.length)] if self.pipe.text_encoder_3 else []
         return [

@@ -283,11 +283,13 @@ def track(accelerator: Accelerator, metrics: dict[str, Any], image: np.ndarray |
 
 
 def fit_micro_batch(model: Model, settings: Settings) -> int:
-    """The most images that fit in memory in one pass, by trying, all K times of a group first.
+    """Find the most images that fit in one pass, by trying, and return their number.
 
-    Raises torch.OutOfMemoryError if not even one image fits.
+    A whole group is tried first, at all its K times, without recomputing activations in the
+    backward pass; then with that, and smaller parts. settings.gradient_checkpointing decides if it
+    is not None. On a CPU it is the whole group. Raises a RuntimeError if not one image fits.
     """
-    device, G = model.device, settings.group_size
+    device, transformer, G = model.device, model.pipe.transformer, settings.group_size
 
     def one_pass(m: int) -> None:
         model.images_per_pass = m
@@ -298,13 +300,20 @@ def fit_micro_batch(model: Model, settings: Settings) -> int:
         model.velocity("")(x, t, t).square().mean().backward()
         del spare
 
-    times = range(1, settings.train_timesteps + 1)
-    sizes = {math.ceil(G / n) for n in range(1, G + 1)} | {k * G for k in times}
-    for m in sorted(sizes, reverse=True):
+    whole = [k * G for k in range(settings.train_timesteps, 0, -1)]
+    parts = sorted({math.ceil(G / n) for n in range(2, G + 1)}, reverse=True)
+    choices = [(False, m) for m in whole] + [(True, m) for m in whole + parts]
+    if settings.gradient_checkpointing is not None:
+        choices = [(settings.gradient_checkpointing, m) for m in whole + parts]
+    for recompute, m in choices if device.type == "cuda" else [(choices[0][0], G)]:
+        if recompute:
+            transformer.enable_gradient_checkpointing()
+        else:
+            transformer.disable_gradient_checkpointing()
         try:
             one_pass(m)
             return m
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # cuDNN and others have their own words for a full memory
             if m == 1:
                 raise
         finally:

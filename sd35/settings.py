@@ -76,7 +76,7 @@ class Settings:
     # G: images per prompt. The authors advise 24. If memory is short, lower --micro_batch_size.
     group_size: int = 16
     max_train_steps: int = 1000  # Steps, each with a rollout.
-    micro_batch_size: str = "4"  # Most images in one pass, or auto. It changes no result.
+    micro_batch_size: str = "auto"  # Most images in one pass. It changes no result.
     resolution: int = 512  # Side of the images in pixels, a multiple of 16.
     max_sequence_length: int = 128  # Most tokens that T5 reads.
 
@@ -107,8 +107,8 @@ class Settings:
 
     # Not in the paper. m: train on the m/2 worst and the m/2 best images of each group only.
     train_samples: int | None = None
-    # Not in the paper. Weight that holds theta's velocity on bad samples to theta_old's; 2 mirrors
-    # their target at theta_old, so that their loss cannot fall without end; 0 is off.
+    # Not in the paper. Holds theta's velocity on bad samples to theta_old's: 2 mirrors their target
+    # at theta_old, so that their loss cannot fall without end; 0 is off.
     bound: float = 0.0
     # Not in the paper. U: optimizer updates from each rollout, all counted as one step.
     updates_per_rollout: int = 1
@@ -126,7 +126,11 @@ class Settings:
     ema_updates: int = 2  # Updates of the saved average each time. (num_batches_per_epoch)
     # Of the transformer and the text encoders. Default: bf16 if the GPU has it.
     mixed_precision: Literal["no", "bf16"] | None = None
-    gradient_checkpointing: bool = True  # Less memory, for a quarter more time in training.
+    # Less memory, for a quarter more time. Default: unless auto finds that a group fits without.
+    gradient_checkpointing: bool | None = None
+    quantize: Literal["none", "int8"] = (
+        "none"  # Hold the frozen base in 8 bits, in half the memory.
+    )
 
     checkpointing_steps: int = 50  # Steps between checkpoints.
     checkpoints_total_limit: int = 3  # How many checkpoints to keep.
@@ -175,8 +179,8 @@ def learning_rate_at(settings: Settings, step: int) -> float:
 def parse(cls: type, argv: list[str] | None = None) -> Any:
     """A command line as an instance of `cls`, a dataclass. --t-min is --t_min; a bool has --no_x.
 
-    A field named config is a YAML file, whose values stand in for defaults; a class with a recipe
-    has the released defaults. Exits with 2 if an argument is wrong.
+    The values of a YAML file --config, and the released settings, stand in for defaults. Exits with
+    2 if an argument is wrong.
     """
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False)
     remarks, hints, switches = remarks_of(cls), get_type_hints(cls), set()
