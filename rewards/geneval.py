@@ -52,28 +52,6 @@ DIRECTION = 0.5  # least share of an offset that makes a relation
 GREY = 0.6  # #999, around an object whose color is asked for
 
 
-# The metadata
-
-
-@dataclass
-class Clause:
-    """What a prompt asks for or excludes: `count` objects of a class."""
-
-    name: str
-    count: int
-    color: str | None = None
-    position: tuple[str, int] | None = None  # a relation, and the index of the clause it is to
-
-
-@dataclass
-class Task:
-    """A prompt's metadata, checked."""
-
-    counting: bool
-    include: list[Clause]
-    exclude: list[Clause]
-
-
 def known(kind: str, name: Any, names: list[str]) -> str:
     """Return the name. Raises ValueError, with the nearest ones, if it is not among `names`."""
     if name in names:
@@ -105,43 +83,43 @@ def decoded(value: Any) -> Any:
     return None if value != value else value  # NaN is how pandas writes what is absent
 
 
-def read_clause(value: Any, index: int, most: int) -> Clause:
+def read_clause(value: Any, index: int, most: int) -> dict:
     """Check the clause with this index, of at most so many objects. Raises ValueError."""
     fields = decoded(value)
     if not isinstance(fields, dict):
         raise ValueError(f"a clause must be an object with class and count, got {value!r}")
-    fields = {key: field for key, field in fields.items() if field is not None and field == field}
+    clause = {key: field for key, field in fields.items() if field is not None and field == field}
+    clause["class"] = known("class", clause.get("class"), CLASSES)
     sentence = f"count must be a whole number from 1 to {most}"
-    count = whole(fields.get("count", 1), range(1, most + 1), sentence)
-    clause = Clause(known("class", fields.get("class"), CLASSES), count)
-    if "color" in fields:
-        clause.color = known("color", fields["color"], COLORS)
-    if "position" in fields:
-        position = decoded(fields["position"])
+    clause["count"] = whole(clause.get("count", 1), range(1, most + 1), sentence)
+    if "color" in clause:
+        clause["color"] = known("color", clause["color"], COLORS)
+    if "position" in clause:
+        position = decoded(clause["position"])
         if not isinstance(position, list | tuple) or len(position) != 2:
             raise ValueError(f"a position must be a relation and an index, got {position!r}")
         other = whole(position[1], range(index), "a position must name an earlier clause by index")
-        clause.position = known("relation", position[0], RELATIONS), other
+        clause["position"] = known("relation", position[0], RELATIONS), other
     return clause
 
 
-def read_metadata(metadata: dict) -> Task:
-    """Check a prompt's metadata. Raises ValueError if no picture could be judged by it."""
+def read_metadata(metadata: dict) -> dict:
+    """A prompt's metadata in GenEval's own form. Raises ValueError if it cannot be judged by."""
     include, exclude = (decoded(metadata.get(key)) for key in ("include", "exclude"))
     if include is None or metadata.get("tag") is None:
         raise ValueError('there is no GenEval metadata ("tag", "include")')
     for name, clauses in ("include", include), ("exclude", exclude or []):
         if not isinstance(clauses, list) or name == "include" and not clauses:
             raise ValueError(f"{name} must be a list of clauses, got {clauses!r}")
-    return Task(
-        counting=metadata["tag"] == "counting",
-        include=[read_clause(clause, i, most=MOST) for i, clause in enumerate(include)],
-        exclude=[read_clause(clause, 0, most=10**6) for clause in exclude or []],
-    )
+    return {
+        "tag": metadata["tag"],
+        "include": [read_clause(clause, i, most=MOST) for i, clause in enumerate(include)],
+        "exclude": [read_clause(clause, 0, most=10**6) for clause in exclude or []],
+    }
 
 
 def check_prompt(metadata: dict) -> None:
-    """Raise ValueError if no picture could be judged by a prompt's metadata."""
+    """Raise ValueError if no picture can be judged by a prompt's metadata."""
     read_metadata(metadata)
 
 
@@ -160,7 +138,7 @@ class Detection:
 
 Objects = dict[str, list[Detection]]  # by class, the most confident first
 NameColors = Callable[[str, list[Detection]], list[str]]
-Verdict = Callable[[Task, Objects, NameColors], float]
+Verdict = Callable[[dict, Objects, NameColors], float]
 
 
 def relations(one: Detection, other: Detection) -> set[str]:
@@ -180,39 +158,38 @@ def relations(one: Detection, other: Detection) -> set[str]:
     return {name for name, share in shares.items() if share > DIRECTION}
 
 
-def judge(task: Task, objects: Objects, name_colors: NameColors) -> dict[str, float]:
-    """The verdicts on a picture: "graded" (0 to 1), "strict" and "official" (0 or 1).
+def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, float]:
+    """The verdicts on a picture by checked metadata: "graded" (0 to 1), "strict", "official".
 
     graded: the mean over clauses of 1 - |count - number| / count (at least 0), and over their
-    colors and positions of 1 or 0, which is 0 if the number is wrong. strict: all of these are 1
-    and nothing excluded is there. official: GenEval's own.
+    colors and positions of 1 or 0, which is 0 if the number is wrong. strict: 1 if all of these are
+    1 and nothing excluded is there, else 0. official: GenEval's own, 1 or 0.
     """
-    grades, official, exact_numbers = [], True, True
+    grades, official, all_exact = [], True, True
     met: list[list[Detection] | None] = []  # the objects of each clause, or None if it is not met
-    for clause in task.include:
-        objects_of_class = objects.get(clause.name, [])
-        number, chosen = len(objects_of_class), objects_of_class[: clause.count]
-        exact, clause_met = number == clause.count, number >= clause.count
-        grades.append(max(0.0, 1 - abs(clause.count - number) / clause.count))
-        if clause.color:
-            wanted = [clause.color] * clause.count
-            clause_met = clause_met and name_colors(clause.name, chosen) == wanted
-            grades.append(float(clause_met and exact))
-        if clause.position:
-            relation, others = clause.position[0], met[clause.position[1]]
-            clause_met = clause_met and others is not None
-            clause_met = clause_met and all(
+    for clause in prompt["include"]:
+        name, count = clause["class"], clause["count"]
+        detections = objects.get(name, [])
+        chosen, number = detections[:count], len(detections)
+        exact, right = number == count, number >= count
+        grades.append(max(0.0, 1 - abs(count - number) / count))
+        if "color" in clause:
+            right = right and name_colors(name, chosen) == [clause["color"]] * count
+            grades.append(float(right and exact))
+        if "position" in clause:
+            relation, other = clause["position"]
+            others = met[other] if right else None
+            right = others is not None and all(
                 relation in relations(a, b) for a in chosen for b in others
             )
-            grades.append(float(clause_met and exact))
-        met.append(chosen if clause_met else None)
-        official = official and clause_met
-        exact_numbers = exact_numbers and exact
-    for clause in task.exclude:
-        official = official and len(objects.get(clause.name, [])) < clause.count
+            grades.append(float(right and exact))
+        met.append(chosen if right else None)
+        official, all_exact = official and right, all_exact and exact
+    for clause in prompt["exclude"]:
+        official = official and len(objects.get(clause["class"], [])) < clause["count"]
     return {
         "graded": sum(grades) / len(grades),
-        "strict": float(official and exact_numbers),
+        "strict": float(official and all_exact),
         "official": float(official),
     }
 
@@ -302,9 +279,9 @@ def load_classifier(
     return name_colors
 
 
-def graded(task: Task, objects: Objects, name_colors: NameColors) -> float:
+def graded(prompt: dict, objects: Objects, name_colors: NameColors) -> float:
     """The verdict to train on, 0 to 1: see `judge`."""
-    return judge(task, objects, name_colors)["graded"]
+    return judge(prompt, objects, name_colors)["graded"]
 
 
 def load(device: torch.device | str, model: str | None = None, verdict: Verdict = graded) -> Reward:
@@ -321,9 +298,10 @@ def load(device: torch.device | str, model: str | None = None, verdict: Verdict 
 
     def geneval(images: Tensor, metadata: list[dict]) -> list[float]:
         scores = []
-        for image, task in zip(images, map(read_metadata, metadata), strict=True):
-            objects = detect(image, COUNTING_THRESHOLD if task.counting else THRESHOLD)
-            scores.append(verdict(task, objects, partial(name_colors, image)))
+        for image, prompt in zip(images, map(read_metadata, metadata), strict=True):
+            counting = prompt["tag"] == "counting"
+            objects = detect(image, COUNTING_THRESHOLD if counting else THRESHOLD)
+            scores.append(verdict(prompt, objects, partial(name_colors, image)))
         return scores
 
     return geneval

@@ -9,9 +9,9 @@ from rewards import Reward, geneval
 check_prompt = geneval.check_prompt
 
 
-def official(task: geneval.Task, objects: geneval.Objects, colors: geneval.NameColors) -> float:
+def official(prompt: dict, objects: geneval.Objects, name_colors: geneval.NameColors) -> float:
     """0 or 1, as GenEval counts: see `geneval.judge`."""
-    return geneval.judge(task, objects, colors)["official"]
+    return geneval.judge(prompt, objects, name_colors)["official"]
 
 
 def load(device: torch.device | str, model: str | None = None) -> Reward:

@@ -22,30 +22,32 @@ from rewards import Reward, geneval
 check_prompt = geneval.check_prompt
 
 
-def released(task: geneval.Task, objects: geneval.Objects, colors: geneval.NameColors) -> float:
+def released(prompt: dict, objects: geneval.Objects, name_colors: geneval.NameColors) -> float:
     """The released score: at most 1, with no lower bound."""
     grades = []
     met: list[
         list[geneval.Detection] | None
-    ] = []  # each clause's objects, or None if not all is exact
-    for clause in task.include:
-        every = objects.get(clause.name, [])
-        exact = len(every) == clause.count
-        grades.append(1 - abs(clause.count - len(every)) / clause.count)
-        if not exact and (clause.color or clause.position):
+    ] = []  # a clause's objects, or None if not all is exact
+    for clause in prompt["include"]:
+        name, count = clause["class"], clause["count"]
+        detections = objects.get(name, [])
+        exact = len(detections) == count
+        grades.append(1 - abs(count - len(detections)) / count)
+        if not exact and ("color" in clause or "position" in clause):
             grades.append(0.0)
-        if exact and clause.color:
-            right = colors(clause.name, every).count(clause.color)
-            grades.append(right / clause.count)
-            exact = right == clause.count
-        if exact and clause.position:
-            relation, others = clause.position[0], met[clause.position[1]]
+        if exact and "color" in clause:
+            right = name_colors(name, detections).count(clause["color"])
+            grades.append(right / count)
+            exact = right == count
+        if exact and "position" in clause:
+            relation, other = clause["position"]
+            others = met[other]
             exact = others is not None and all(
-                relation in geneval.relations(a, b) for a in every for b in others
+                relation in geneval.relations(a, b) for a in detections for b in others
             )
             grades += [] if exact else [0.0]
             grades += [] if others is None else [1.0]
-        met.append(every if exact else None)
+        met.append(detections if exact else None)
     return sum(grades) / len(grades)
 
 
