@@ -128,9 +128,8 @@ class Settings:
     mixed_precision: Literal["no", "bf16"] | None = None
     # Less memory, for a quarter more time. Default: unless auto finds that a group fits without.
     gradient_checkpointing: bool | None = None
-    quantize: Literal["none", "int8"] = (
-        "none"  # Hold the frozen base in 8 bits, in half the memory.
-    )
+    # Hold the frozen base in 8 bits, in half the memory.
+    quantize: Literal["none", "int8"] = "none"
 
     checkpointing_steps: int = 50  # Steps between checkpoints.
     checkpoints_total_limit: int = 3  # How many checkpoints to keep.
@@ -235,7 +234,7 @@ def words_of_yaml(path: str, switches: set[str]) -> list[str]:
     words = []
     for name, value in values.items():
         name = str(name).replace("-", "_")
-        if name in switches:
+        if name in switches and value is not None:
             words.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)] if value else []
