@@ -37,7 +37,9 @@ GLOSSARY = """\
 - kl: mean square of theta's velocity minus the reference's. If it only grows while images get
   worse, raise kl.
 - grad_norm: before clipping; null if the update was skipped because the norm is not finite.
-- seconds/PHASE: rollout, decode, wait (for scores) and train; reward runs beside them.
+- seconds, images_per_second, peak_memory_gb: of the whole step. seconds/PHASE: rollout, decode,
+  wait (for scores) and train; reward runs beside them.
+- step, learning_rate: the number of the step, from 1, and its learning rate.
 - eval/NAME, eval_base/NAME: mean reward of the validation images by the saved average and by the
   base model, from the same noise. If reward rises and these fall, the reward is being hacked.
 """
