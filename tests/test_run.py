@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from tiny_run import REWARD, ROOT, flags, in_a_child, metrics, same_steps, settings
+from tiny_run import REWARD, ROOT, exit_code, flags, fork, metrics, same_steps, settings
 
 import train_sd35
 from rewards import RewardError
@@ -218,7 +218,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(stop, plain, tiny, tmp_
         before(*call)
         tiny_run.run(tiny, out)
 
-    assert os.waitstatus_to_exitcode(in_a_child(work)) == code
+    assert exit_code(fork(work)) == code
     assert [path.name for path in run.checkpoints(out)] == [f"checkpoint-{done}"] * (done > 0)
     assert len(metrics(out)) == (done or 2)
     assert not (out / LORA_FILE).exists()
@@ -284,7 +284,17 @@ def test_a_tracker_that_accelerate_lacks_is_refused(monkeypatch):
     run.check_tracker("wandb")
 
 
-def test_auto_takes_the_most_images_that_fit_in_memory(tiny_model, tiny, monkeypatch):
+class Device(str):
+    """The CPU, which is taken for a GPU."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "expected"), [(None, [10, 5, 10, 5, 3]), (False, [10, 5, 3])]
+)
+def test_auto_takes_what_fits_in_memory(checkpointing, expected, tiny_model, tiny, monkeypatch):
+    """Both times of a group, one, and without recomputation first; then parts of a group."""
     tried = []
 
     def small_memory(vae, latents):
@@ -294,6 +304,9 @@ def test_auto_takes_the_most_images_that_fit_in_memory(tiny_model, tiny, monkeyp
         return decode(vae, latents)
 
     monkeypatch.setattr("sd35.model.decode", small_memory)
-    assert run.fit_micro_batch(tiny_model, settings(tiny, "out", group_size=5)) == 3
-    assert tried == [10, 5, 3] and tiny_model.images_per_pass == 3  # both times, one, half a group
+    monkeypatch.setattr(type(tiny_model), "device", Device("cpu"))
+    chosen = settings(tiny, "out", group_size=5, gradient_checkpointing=checkpointing)
+    assert run.fit_micro_batch(tiny_model, chosen) == 3
+    assert tried == expected and tiny_model.images_per_pass == 3
+    assert tiny_model.pipe.transformer.gradient_checkpointing == (checkpointing is None)
     assert all(parameter.grad is None for parameter in tiny_model.theta)

@@ -2,17 +2,18 @@
 
 import os
 import signal
-import sys
+import socket
+import traceback
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_sd35
-from sd35 import run as sd35_run
 from sd35.lora import LORA_FILE, add_lora
 from sd35.model import Encoder, Model, load_pipeline, make_scheduler
-from sd35.run import read_metrics
+from sd35.run import read_metrics, run_script
 from sd35.settings import Settings, parse
 from tiny_sd35 import shapes
 
@@ -90,21 +91,39 @@ def difference(one, other):
     return (sum(d for d, _ in squares) / sum(n for _, n in squares)).sqrt().item()
 
 
-def in_a_child(work, *args):
-    """Call work(*args) under run_script in a fork of this process, and return its wait status."""
+def fork(work, **environment):
+    """Begin work() under run_script in a fork of this process. Returns the child's id."""
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1]
+        return child
     try:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        os.environ |= environment
+        AcceleratorState._reset_state(True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
-        sd35_run.run_script(lambda: work(*args))
+        run_script(work)
         os._exit(0)
     except SystemExit as end:
         os._exit(end.code)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(99)
+
+
+def exit_code(child):
+    """The exit code of a child, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def on_two_processes(work):
+    """Run work() on a group of two processes, and return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    children = [fork(work, RANK=str(i), LOCAL_RANK=str(i), **group) for i in range(2)]
+    return [exit_code(child) for child in children]
 
 
 def model(tiny, rank=4, alpha=8):
@@ -114,12 +133,17 @@ def model(tiny, rank=4, alpha=8):
     encoded = Encoder(pipe, shapes.TOKENS, torch.device("cpu"))([TEXT], {})
     theta = add_lora(pipe.transformer, rank, alpha, 0, False)
     model = Model(pipe, theta, shapes.SIDE, 4, encoded=encoded)
-    with torch.no_grad():
-        for values, scale in ((model.theta, 0.1), (model.old, 0.2), (model.average, 0.3)):
-            for i, value in enumerate(values):
-                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
-                value.add_(scale * noise)
+    perturb(model)
     return model
+
+
+@torch.no_grad()
+def perturb(model):
+    """Add noise to theta, theta_old and the saved average, which then differ."""
+    for values, scale in ((model.theta, 0.1), (model.old, 0.2), (model.average, 0.3)):
+        for i, value in enumerate(values):
+            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
+            value.add_(scale * noise)
 
 
 def point(model):
