@@ -1,13 +1,10 @@
 """A user's own rewards, good and bad, for tests of the trainer."""
 
 import os
-import sqlite3
 import time
 from pathlib import Path
 
 import torch
-
-CACHE = sqlite3.connect(":memory:")  # which only the thread that made it may use
 
 
 def brightness(images, prompts):
@@ -16,13 +13,6 @@ def brightness(images, prompts):
 
 def darkness(images, prompts):
     return 1 - images.mean((1, 2, 3))
-
-
-def cached(images, prompts, metadata):
-    """In the form of flow_grpo, with numbers beside the scores."""
-    CACHE.execute("select 1")
-    assert [line["prompt"] for line in metadata] == prompts
-    return images.mean((1, 2, 3)), {"words": len(prompts[0].split())}
 
 
 def constant_for_some(images, prompts):

@@ -1,310 +1,290 @@
-"""The trainer's arguments and its runs, on a tiny untrained pipeline of SD3.5's classes."""
+"""Algorithm 1 on a tiny untrained pipeline of SD3.5's classes: the step, and whole runs."""
 
-import contextlib
-import dataclasses
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 import threading
-import time
+from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import own_rewards
 import pytest
-import shapes
 import torch
-from accelerate.utils import DistributedType
+import yaml
+from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
-from tiny_run import REWARD, ROOT, difference, flags, lora, metrics, on_two_processes, run
-
-import checkpoints
-import cli
-import sd35
-import train_sd35
-
-# What config/*.py of github.com/Luo-Yihong/DGPO hold at commit 01ceb4b when they are run, in the
-# order of COLUMNS: sample.num_image_per_prompt, num_groups, train.beta_dpo, train.beta, clip_range,
-# sample.global_std, trunc_steps + 1, sample.guidance_scale, kl_cfg, switch_ema_ref, use_ema_ref,
-# sample.num_batches_per_epoch, sample.eval_num_steps. One number is not the file's: kl_cfg of
-# dgpo_wocfg_emaref is 1.0 there, and README.md says "1.0 # or 4.5/3.5".
-PUBLISHED = {
-    ("ocr", "guided"): (16, 8, 100, 0.02, 1e-2, "batch", 7, 4.5, 1.0, 200, False, 2, 14),
-    ("geneval", "guided"): (16, 8, 100, 0.02, 1e-2, "group", 5, 4.5, 1.0, 500, False, 2, 14),
-    ("pickscore", "guided"): (24, 8, 10, 0.001, 5e-2, "batch", 7, 4.5, 1.0, 200, False, 4, 14),
-    ("ocr", "cfg_free"): (16, 8, 100, 0.02, 1e-3, "batch", 7, 1.0, 4.5, 200, False, 2, 10),
-    ("geneval", "cfg_free"): (16, 8, 100, 0.02, 1e-3, "group", 5, 1.0, 4.5, 500, False, 2, 10),
-    ("ocr", "cfg_free_ema"): (16, 8, 2000, 0.001, 1e-5, "batch", 7, 1.0, 4.5, 200, True, 2, 10),
-    ("geneval", "cfg_free_ema"): (16, 8, 2000, 1e-3, 1e-5, "group", 5, 1.0, 4.5, 500, True, 2, 10),
-}
-COLUMNS = (
-    "group_size prompts_per_step beta kl clip std trained guidance_scale "
-    "reference_guidance_scale old_after ema_reference ema_updates eval_inference_steps"
-).split()
-
-
-@pytest.mark.parametrize(("reward", "recipe"), PUBLISHED)
-def test_recipes_are_the_released_settings(reward, recipe):
-    args = train_sd35.parse_args(["--reward", reward, "--recipe", recipe])
-    found = {**vars(args), "trained": len(train_sd35.trained_times(args))}
-    expected = dict(zip(COLUMNS, PUBLISHED[reward, recipe], strict=True))
-    assert {name: found[name] for name in COLUMNS} == expected
-    common = (args.learning_rate, args.rank, args.lora_alpha, args.train_timesteps)
-    assert common == (3e-4, 64, 128, 4)
-    assert (args.num_inference_steps, args.flow_shift, args.sampler) == (10, 3.0, "dpm++")
-    assert (args.ema_decay, args.ema_steps, args.old_ema_decay) == (0.9, 8, 0.3)
-
-
-@pytest.mark.parametrize(
-    ("reward", "task"),
-    [
-        (["pickscore"], "pickscore"),
-        (["geneval_official=2"], "geneval"),
-        (["aesthetic", "ocr"], "ocr"),
-        (["pickscore", "ocr", "geneval"], "geneval"),
-        ([f"{REWARD}:brightness"], "pickscore"),
-    ],
+from tiny_run import (
+    REWARD,
+    TEXT,
+    bits,
+    difference,
+    flags,
+    lora,
+    metrics,
+    on_two_processes,
+    perturb,
+    run,
+    settings,
 )
-@pytest.mark.parametrize("recipe", ["guided", "cfg_free", "cfg_free_ema"])
-def test_settings_and_prompts_follow_the_reward(reward, task, recipe, monkeypatch):
-    """OCR's reward would die at the first prompt without quotes."""
-    args = train_sd35.parse_args(["--reward", *reward, "--recipe", recipe])
-    assert args.old_after == (500 if task == "geneval" else 200)
-    read = []
-    monkeypatch.setattr(
-        train_sd35.prompt_sets, "load", lambda name: read.append(name) or [{"prompt": "a"}]
-    )
-    train_sd35.read_prompts(args)
-    assert read == [task]
+
+import dgpo
+import train_sd35
+from sd35 import model as sd35
+from sd35.run import Clock, Interrupts, checkpoints, run_script
+from sd35.settings import Settings, UserError, learning_rate_at, parse
+from tiny_sd35 import shapes
+
+OTHER = "green square"  # with an even number of letters, which TEXT has not
 
 
-def test_flags_win():
-    args = train_sd35.parse_args(["--reward", "geneval", "--beta", "7", "--kl", "0"])
-    assert (args.beta, args.kl, args.group_size, args.std) == (7, 0, 16, "group")
+def build(tiny, out, **changed):
+    """A trainer whose theta, theta_old and saved average differ."""
+    chosen = settings(tiny, out, **changed)
+    pipe = sd35.load_pipeline(str(tiny), torch.float32)
+    trainer = train_sd35.Trainer(chosen, Accelerator(cpu=True), pipe, Interrupts().held)
+    trainer.model.encoded = trainer.encoder([TEXT, OTHER], {})
+    perturb(trainer.model)
+    return trainer
 
 
-BAD = {
-    "--nonsense 1": "--nonsense",
+# The step
+
+
+def scores_of(trainer, x0):
+    """The rewards' weights and scores (P, G) of latents (P, G, ...), from their functions."""
+    scores = {}
+    for spec in trainer.settings.reward:
+        name, _, weight = spec.partition("=")
+        reward = getattr(own_rewards, name.rpartition(":")[2])
+        images = [trainer.model.decode(group) for group in x0]
+        rows = [reward(x, [text] * len(x)) for x, text in zip(images, (TEXT, OTHER), strict=True)]
+        rows = [[math.nan if x is None else float(x) for x in row] for row in rows]
+        scores[name] = float(weight or 1), torch.tensor(rows)
+    return scores
+
+
+def training_set(trainer, x0):
+    """By hand: the latents to train on, their advantages, and which groups have scores."""
+    chosen, scores = trainer.settings, scores_of(trainer, x0)
+    if chosen.combine == "rewards":
+        scores = {"sum": (1.0, sum(weight * values for weight, values in scores.values()))}
+    if m := chosen.train_samples:
+        ((_, values),) = scores.values()
+        order = values.argsort(1)
+        kept = torch.cat([order[:, : m // 2], order[:, -(m // 2) :]], 1)
+        x0 = torch.stack([group[rows] for group, rows in zip(x0, kept, strict=True)])
+        scores = {"kept": (1.0, values.gather(1, kept))}
+    finite = sum(values for _, values in scores.values()).isfinite().all(1)
+    advantages = torch.zeros(x0.shape[:2])
+    for weight, values in scores.values():
+        parts = dgpo.group_advantages(values[finite], chosen.std, eps=1e-4, clamp=5.0)
+        advantages[finite] += weight * parts
+    return x0, advantages, finite
+
+
+def by_autograd(trainer, x0, advantages, finite, update):
+    """The gradient of Eq. 17, KL and bound at theta, through whole groups at once."""
+    chosen, model, K = trainer.settings, trainer.model, trainer.settings.train_timesteps
+    later = (update,) if update else ()
+    generator = sd35.seeded(chosen.seed, sd35.TIMES, 0, *later)
+    times, total = trainer.times[torch.randperm(len(trainer.times), generator=generator)], 0
+    for p, k in [(p, k) for p in range(len(x0)) if finite[p] for k in range(K)]:
+        group, A, t = x0[p][None], advantages[p][None], times[k].view(1, 1)
+        eps = trainer.noise(sd35.TRAINING_NOISE, 0, p, k, *later)[None, None]
+        x_t, t = dgpo.diffuse(group, eps, t)[0], t[0].expand(A.shape[1])
+        networks = [("theta", nullcontext, 1), ("old", model.theta_old, 1)]
+        networks.append(("reference", model.reference, chosen.reference_guidance_scale))
+        v = {
+            name: model.velocity((TEXT, OTHER)[p], guidance, network)(x_t, t, t)[None]
+            for name, network, guidance in networks
+        }
+        goal = v["old" if chosen.ema_reference else "reference"].detach()
+        losses = dgpo.dsm_loss(v["theta"], group, eps), dgpo.dsm_loss(goal, group, eps), A
+        beta = chosen.beta / A.shape[1]
+        total = total + dgpo.dgpo_loss(*losses, beta) / chosen.beta
+        total = total + chosen.kl * dgpo.mean_square(v["theta"], v["reference"].detach()).mean()
+        bad = -dgpo.group_gradient(*losses, beta)[0].clamp(max=0)
+        bound = bad * dgpo.mean_square(v["theta"], v["old"].detach())
+        total = total + chosen.bound * bound.mean()
+    return torch.autograd.grad(total / K / chosen.prompts_per_step, model.theta)
+
+
+BOTH = [f"{REWARD}:brightness=2", f"{REWARD}:darkness=0.5"]
+STEPS = {
+    "guided": {"micro_batch_size": 3},
+    "a guided reference": {"recipe": "cfg_free", "micro_batch_size": 8},
+    "an EMA reference": {"recipe": "cfg_free_ema", "micro_batch_size": 1},
+    "std of the group": {"std": "group"},
+    "extremes": {"group_size": 6, "train_samples": 4},
+    "bound": {"bound": 2},
+    "two updates": {"updates_per_rollout": 2},
+    "two rewards, their advantages": {"reward": BOTH},
+    "two rewards, their sum": {"reward": BOTH, "combine": "rewards"},
+    "a group with a NaN": {"reward": f"{REWARD}:nan_for_some"},
+    "a group of equal rewards": {"reward": f"{REWARD}:constant_for_some"},
+    "a reward that works in place": {"reward": [f"{REWARD}:darkening", f"{REWARD}:brightness"]},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_plain_autograd_through_eq_17(name, tiny, tmp_path, monkeypatch):
+    fixed = {"prompts_per_step": 2, "beta": 10, "kl": 0.1, "clip": 0, "learning_rate": 1e-2}
+    trainer = build(tiny, tmp_path, **fixed, **STEPS[name])
+    x0 = torch.stack([trainer.rollout(0, p, text) for p, text in enumerate((TEXT, OTHER))])
+    batch, update, norms = training_set(trainer, x0), trainer.update, []
+
+    def watched(trained):
+        expected = by_autograd(trainer, *batch, update=len(norms))
+        expected = torch.cat([g.flatten() for g in expected])
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.theta])
+        assert (gradient - expected).norm() < 1e-4 * expected.norm()
+        norms.append(expected.norm())
+        return update(trained)
+
+    monkeypatch.setattr(trainer, "update", watched)
+    before = [p.detach().clone() for p in trainer.model.theta]
+    line = trainer.take_step([{"prompt": TEXT}, {"prompt": OTHER}], 0)
+    assert len(norms) == trainer.settings.updates_per_rollout
+    assert line["grad_norm"] == pytest.approx(sum(norms).item() / len(norms), rel=1e-4)
+    assert line["groups_not_finite"] == 0.5 * (name == "a group with a NaN")
+    assert line["equal_groups"] == 0.5 * (name == "a group of equal rewards")
+    assert all((p != q).any() for p, q in zip(before, trainer.model.theta, strict=True))
+
+
+def test_rollouts_are_by_theta_then_by_theta_old_or_offline_by_the_reference(tiny, tmp_path):
+    trainer = build(tiny, tmp_path, old_after=3)
+    model, noise = trainer.model, [trainer.noise(sd35.NOISE, 4, 0, g) for g in range(4)]
+
+    def sample(network):
+        with network():
+            return model.sample(TEXT, torch.stack(noise), 4, 4.5)
+
+    assert torch.equal(trainer.rollout(4, 0, TEXT), sample(model.theta_old))
+    trainer.settings.old_after = 4
+    assert torch.equal(trainer.rollout(4, 0, TEXT), sample(nullcontext))
+    trainer.settings.offline = True
+    assert torch.equal(trainer.rollout(4, 0, TEXT), sample(model.reference))
+
+
+@pytest.mark.parametrize(("reward", "updates"), [("ocr", 2), ("pickscore", 4)])
+def test_averages_follow_as_in_the_released_trainer(reward, updates, tiny, tmp_path):
+    """The saved average after 7, 15, ... steps; theta_old at a decay that rises to 0.3."""
+    trainer = build(tiny, tmp_path)
+    trainer.settings.ema_updates = parse(Settings, ["--reward", reward]).ema_updates
+    for first, old, theta in zip(
+        trainer.model.average, trainer.model.old, trainer.model.theta, strict=True
+    ):
+        first.fill_(1.0), old.fill_(1.0), theta.data.fill_(0.0)
+    average, old = [], []
+    for step in range(50):
+        trainer.follow(step)
+        average.append(trainer.model.average[0].flatten()[0].item())
+        old.append(trainer.model.old[0].flatten()[0].item())
+        trainer.model.old[0].fill_(1.0)
+    factors = [((1 + n) / (10 + n)) ** updates for n in (7, 15, 23, 31, 39, 47)]
+    assert average[5:7] == [1.0, pytest.approx(factors[0])]
+    assert average[-1] == pytest.approx(math.prod(factors), rel=1e-4)
+    assert old == pytest.approx([0.001 * step for step in range(50)], abs=1e-6)
+
+
+def test_a_group_is_scored_while_the_next_is_drawn(tiny, tmp_path, monkeypatch):
+    trainer, begun = build(tiny, tmp_path), [threading.Event() for _ in range(4)]
+    begun[3].set()  # after the last group
+
+    def reward(images, prompts, metadata):
+        assert begun[metadata[0]["i"] + 1].wait(60)
+        return images.mean((1, 2, 3))
+
+    def rollout(step, p, text):
+        begun[p].set()
+        return torch.full((4, *trainer.model.latent_shape), 0.1 * p)
+
+    monkeypatch.setattr(trainer, "rollout", rollout)
+    trainer.rewards = {"a": (1.0, reward)}
+    chosen = [{"prompt": TEXT, "i": i} for i in range(3)]
+    latents, scores, _ = trainer.draw_and_score(chosen, 0, Clock(trainer.device))
+    expected = torch.stack([trainer.model.decode(latents[p]).mean((1, 2, 3)) for p in range(3)])
+    assert torch.equal(scores["a"][1], expected) and expected.unique().numel() == 3
+
+
+def test_a_gradient_that_is_not_finite_is_no_update(tiny, tmp_path):
+    trainer = build(tiny, tmp_path)
+    before = [p.detach().clone() for p in trainer.model.theta]
+    for parameter in trainer.model.theta:
+        parameter.grad = torch.ones_like(parameter)
+    trainer.model.theta[0].grad[0] = math.nan
+    assert trainer.update(True) is None
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.model.theta, strict=True))
+
+
+def test_no_finite_score_is_one_sentence(tiny, tmp_path):
+    trainer = build(tiny, tmp_path, reward=f"{REWARD}:nan_for_all")
+    with pytest.raises(UserError, match="step 1: no group of this step has finite rewards; fix"):
+        trainer.take_step([{"prompt": TEXT}], 0)
+
+
+# Prompts and settings
+
+
+def test_a_part_of_the_training_prompts_is_held_out_for_validation(monkeypatch):
+    names, lines = [], [{"prompt": f'a sign "{i}"'} for i in range(20)]
+    monkeypatch.setattr(train_sd35.prompts, "load", lambda name: names.append(name) or lines)
+    training, validation = train_sd35.read_prompts(parse(Settings, ["--reward", "ocr"]))
+    assert training + validation == lines and len(validation) == 2
+    training, validation = train_sd35.read_prompts(Settings(validation_prompts="own.txt"))
+    assert training == validation == lines
+    assert names == ["ocr", "pickscore", "own.txt"]
+    del lines[3:]
+    training, validation = train_sd35.read_prompts(Settings())
+    assert training == lines and validation == lines[:1]  # too few to hold one out
+
+
+MISTAKES = {
     "--reward magic": "no reward 'magic'",
-    "--reward pickscore=much": "the weight must be a number, got 'much'",
-    "--reward nowhere.py:f": "there is no file nowhere.py",
-    f"--reward {REWARD}:f": "defines no function f",
-    "--reward nopackage.x:f": "there is no package nopackage",
-    "--recipe magic": "invalid choice: 'magic'",
-    "--config {}/none.yaml": "--config: cannot read",
-    "--config {}/bad.yaml": "bad.yaml, line 2: there is no argument magic",
-    "--config {}/wrong.yaml": "invalid choice: 'heun'",
-    "--config {}/list.yaml": "must have a line 'argument: value' for each",
-    "--train_prompts {}/none.txt": "--train_prompts: cannot read",
-    "--train_prompts {}/empty.txt": "holds no prompt",
-    "--train_prompts {}/latin.txt": "is not UTF-8",
-    "--train_prompts {}/broken.jsonl": "broken.jsonl, line 2 is not JSON",
-    "--train_prompts {}/no.jsonl": 'line 1 has no "prompt"',
-    "--validation_prompts {}/none.txt": "--validation_prompts: cannot read",
-    "--group_size 1": "--group_size: must be at least 2 and at most 10000, got 1",
-    "--prompts_per_step 0": "--prompts_per_step: must be at least 1 and at most 10000, got 0",
-    "--resolution 500": "--resolution: must be a multiple of 16, got 500",
-    "--t_min 1": "--t_min: must be at least 0 and below 1, got 1.0",
-    "--t_min 0.9": "only 3 of the rollout's 10 times are at least --t_min 0.9, got 4",
-    "--train_samples 3": "--train_samples: must be even, at most --group_size 24, got 3",
-    "--group_size 4 --train_samples 6": "must be even, at most --group_size 4, got 6",
-    "--beta 0": "--beta: must be above 0, got 0.0",
-    "--report_to paper": "invalid choice: 'paper'",
-    "--report_to wandb": "--report_to: needs `pip install wandb`",
-    "--micro_batch_size -1": "--micro_batch_size: must be 1 to 1000000, or auto, got -1",
-    "--micro_batch_size 0": ": must be 1 to 1000000, or auto, got 0",
-    "--train_prompts=": "argument --train_prompts: must not be empty",
-    "--hub_model_id a/b": "--hub_model_id: goes with --push_to_hub, got 'a/b'",
-    "--beta 1e-320": "argument --beta: must be 1e-30 to 1e30 in size, got ",
-    f"--ema_updates 1{'0' * 400}": "--ema_updates: must be 1e-30 to 1e30 in size, got 1000",
-    "--flow_shift 1e29": "argument --flow_shift: must be above 0 and at most 100, got 1e+29",
-    "--micro_batch_size few": ": must be 1 to 1000000, or auto, got few",
-    "--group_size 1000000": "--group_size: must be at least 2 and at most 10000, got 1000000",
-    "--max_sequence_length 513": "must be at least 1 and at most 512, got 513",
-    "--reward compressibility compressibility=2": "compressibility is there twice; give it once",
-    "--eval_reward compressibility compressibility": "compressibility is there twice",
-    "--eval_reward pickscore": "pickscore is trained on, and so it is watched; leave it out here",
-    "--num_inference_steps 1000": "only 732 of 1000 times are different; give fewer steps",
-    "--flow_shift 100 --t_min 0": "--eval_inference_steps: at --flow_shift 100, only 13 of 14",
-    f"--updates_per_rollout 1{'0' * 9}": "must be at least 1 and at most 10000, got 1",
-    "--eval_reward compressibility=2": "what is only watched has no weight, got compress",
-    "--reward_model ocr=x": "argument --reward_model: ocr is not among the rewards: pickscore",
-    "--push_to_hub": "argument --push_to_hub: needs a token; do `hf auth login`, or set HF_TOKEN",
-    "--output_dir {}/file/run": "--output_dir: cannot write to",
-    "--output_dir {}/other": "holds a run; continue it with --resume_from_checkpoint latest",
-    "--output_dir {}/other --resume_from_checkpoint latest --group_size 24": "has 3, got 24",
-    "--output_dir {}/other --resume_from_checkpoint latest --lr_warmup_steps 1": "has 0, got 1",
+    "--reward pickscore=much": "pickscore=much: the weight must be a number",
+    "--eval_reward nowhere.py:f": "there is no file nowhere.py",
+    "--train_prompts nowhere.txt": "cannot read nowhere.txt",
+    "--validation_prompts nowhere.txt": "cannot read nowhere.txt",
+    "--reward ocr": "ocr cannot score prompt 1",
+    "--report_to paper": "--report_to paper: give none or one of",
+    "--push_to_hub": "--push_to_hub needs a token; run `hf auth login`, or set HF_TOKEN",
+    "--t_min 0.99": "--train_timesteps 2: only 1 of the rollout's 4 times",
+    "--resume_from_checkpoint checkpoint-1": "checkpoint-1 is not a checkpoint",
 }
 
 
-@pytest.mark.parametrize("line", BAD)
-def test_bad_input_is_one_line(line, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sd35.huggingface_hub, "get_token", lambda: None)
-    for name, content in {
-        "bad.yaml": b"beta: 1\nmagic: 1",
-        "wrong.yaml": b"sampler: heun",
-        "list.yaml": b"- 1",
-        "empty.txt": b" \n",
-        "latin.txt": "caf\xe9".encode("latin-1"),
-        "broken.jsonl": b'{"prompt": "a"}\n{"prompt"',
-        "no.jsonl": b'{"text": "a"}',
-        "file": b"",
-    }.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "other").mkdir()
-    args = line.format(tmp_path).split()
-    defaults = dataclasses.asdict(train_sd35.parse_args(["--output_dir", str(tmp_path / "x")]))
-    kept = {**defaults, "output_dir": str(tmp_path / "other"), "group_size": 3}
-    if "--lr_warmup_steps" in args:  # which a run of an older version has not
-        kept = {**kept, "group_size": 24}
-        del kept["lr_warmup_steps"]
-    (tmp_path / "other" / "arguments.json").write_text(json.dumps(kept))
-    (tmp_path / "other" / "checkpoint-1").mkdir()
-    if "--output_dir" not in args:
-        args += ["--output_dir", str(tmp_path / "run")]
-    with pytest.raises(cli.Fault) as fault:
-        checkpoints.claim_folder(train_sd35.parse_args(args))
-    assert BAD[line] in str(fault.value) and "\n" not in str(fault.value)
-
-
-def test_bad_input_ends_at_once_with_code_2_and_one_line(tmp_path):
-    """Before the libraries are loaded: here none can be."""
-    command = [sys.executable, "-S", "train_sd35.py", "--group_size", "1"]
-    import yaml
-
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    (tmp_path / "yaml").symlink_to(Path(yaml.__file__).parent)
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert (
-        ended.stderr
-        == "train_sd35.py: argument --group_size: must be at least 2 and at most 10000, got 1\n"
-    )
-
-
-def test_the_help_shows_every_default_also_where_a_recipe_has_it(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit):
-        train_sd35.parse_args(["--help"])
-    help_text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(train_sd35.Arguments):
-        shown = field.metadata.get("shown", getattr(train_sd35.Arguments, field.name, ""))
-        missing = shown in (None, "") and field.name not in NO_DEFAULT
-        assert not missing and (not shown or f"default: {shown}" in help_text), field.name
-    assert "100.0, pickscore 10.0, cfg_free_ema 2000.0" in help_text
-
-
-NO_DEFAULT = "reward reward_model eval_reward resume_from_checkpoint config".split()
-
-
-TWO = {
-    "WORLD_SIZE": "2",
-    "RANK": "1",
-    "LOCAL_RANK": "1",
-    "MASTER_ADDR": "localhost",
-    "MASTER_PORT": "1",
-}
-BAD_RANKS = {
-    "WORLD_SIZE": ["two", "-1", "0", "", "1.5"],
-    "RANK": ["x", "-1", "2", "\u0663"],
-    "LOCAL_RANK": ["x", "2", None],
-    "MASTER_ADDR": [None],
-    "MASTER_PORT": [""],
-}
-
-
-@pytest.mark.parametrize("name", BAD_RANKS)
-def test_ranks_that_cannot_be_are_one_line_before_any_library(name, monkeypatch):
-    for key, value in TWO.items():
-        monkeypatch.setenv(key, value)
-    train_sd35.read_arguments(argv=[])
-    for value in BAD_RANKS[name]:
-        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-        with pytest.raises(cli.Fault, match=f"environment variable {name}: .*launch"):
-            train_sd35.read_arguments(argv=[])
-
-
-def test_a_process_that_finds_no_other_is_one_line(monkeypatch):
-    with pytest.raises(cli.Fault, match="cannot start this process .no such host."):
-        with cli.launching():
-            raise RuntimeError("no such host\nand a trace")
-
-
-@pytest.mark.parametrize("kind", ["MULTI_GPU", "DEEPSPEED", "FSDP"])
-def test_processes_wait_long_for_each_other_and_share_nothing_but_gradients(kind, monkeypatch):
-    """While one validates, the others wait; what shards a model would not be this trainer."""
-    asked = {}
-
-    def accelerator(**about):
-        asked.update(about)
-        return SimpleNamespace(distributed_type=DistributedType[kind], device="cpu")
-
-    monkeypatch.setattr(train_sd35, "Accelerator", accelerator)
-    args = train_sd35.Arguments()
-    if kind == "MULTI_GPU":
-        train_sd35.launch(args)
-        (patience,) = asked["kwargs_handlers"]
-        assert patience.timeout >= timedelta(hours=12)
-    else:
-        with pytest.raises(cli.Fault, match="cannot start this process .the launcher's settings"):
-            train_sd35.launch(args)
-
-
-def test_a_missing_model_says_what_to_do(tiny, tmp_path):
-    with pytest.raises(cli.Fault, match="cannot load .*nowhere.* or give a folder as"):
-        run(tiny, tmp_path / "run", model=tmp_path / "nowhere")
-
-
-def test_what_does_not_fit_the_model_is_refused_before_its_weights_load(
-    tiny, tmp_path, monkeypatch
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_sentence_before_the_model_is_loaded(
+    line, tiny, tmp_path, monkeypatch, capsys
 ):
-    def load(*about, **more):
-        raise AssertionError("the weights are loaded")
-
-    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", load)
-    for changed, most in (({"resolution": 32}, 16), ({"rank": 33}, 32)):
-        (name,) = changed
-        line = f"argument --{name}: the model has at most {most}, got {changed[name]}"
-        with pytest.raises(cli.Fault, match=line):
-            run(tiny, tmp_path / "run", **changed)
-
-
-@pytest.mark.parametrize("kl", [0, 0.02])
-def test_equal_rewards_are_a_step_of_the_kl_or_none(kl, tiny, tmp_path):
-    """At the first step theta is the reference; from then on the KL is all there is."""
-    out = tmp_path / "run"
-    settings = {"reward": f"{REWARD}:constant_for_some", "kl": kl, "max_train_steps": 2}
-    settings |= {"prompts_per_step": 1, "checkpointing_steps": 1, "learning_rate": 1e-2}
-    run(tiny, out, **settings, seed=4)
-    first, second = metrics(out)
-    assert first["equal_groups"] == 0 and 0 < first["gate"] and first["kl"] == 0
-    assert second["equal_groups"] == 1 and second["loss"] is None is second["gate"]
-    states = [load_state(out, step) for step in (1, 2)]
-    moved = any((a != b).any() for a, b in zip(*states, strict=True))
-    if kl:
-        assert second["kl"] > 0 and second["grad_norm"] > 0 and moved
-    else:
-        assert second["kl"] is None and second["grad_norm"] == 0 and not moved
+    monkeypatch.setattr(train_sd35.huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(sd35, "load_pipeline", None)
+    monkeypatch.setattr("sys.argv", ["train_sd35.py", *flags(tiny, tmp_path), *line.split()])
+    with pytest.raises(SystemExit) as end:
+        run_script(train_sd35.main)
+    *_, sentence = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and MISTAKES[line] in sentence
+    assert sentence.startswith("train_sd35.py: ") and not list(tmp_path.iterdir())
 
 
-def load_state(out, step):
-    return checkpoints.load(out / f"checkpoint-{step}")["parameters"]
+def test_processes_wait_long_for_the_one_that_validates(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(train_sd35, "Accelerator", lambda **more: asked.update(more))
+    train_sd35.launch(Settings())
+    (patience,) = asked["kwargs_handlers"]
+    assert patience.timeout >= timedelta(hours=12)
+
+
+# Runs
 
 
 def test_a_run_leaves_what_a_person_wants_to_see(plain):
-    lines = metrics(plain)
+    lines, name = metrics(plain), f"{REWARD}:brightness"
     assert [line["step"] for line in lines] == [1, 2, 3]
-    name = f"{REWARD}:brightness"
     for line in lines:
         assert 0 < line["reward"] < 1 and line["reward"] == line[f"reward/{name}"]
         assert line["reward_std"] > 0 and line["equal_groups"] == 0 and line["kl"] >= 0
-        assert line["learning_rate"] == 3e-4
         assert 0.4 < line["gate"] < 0.6 and 0 <= line["clipped"] <= 1 and line["grad_norm"] > 0
         parts = [line[f"seconds/{phase}"] for phase in ("rollout", "decode", "wait", "train")]
         assert line["seconds/reward"] > 0
@@ -312,276 +292,129 @@ def test_a_run_leaves_what_a_person_wants_to_see(plain):
         assert line["images_per_second"] == pytest.approx(12 / line["seconds"])
     assert lines[0]["gate"] == 0.5 and lines[0]["kl"] == 0  # theta is still the reference
     assert {f"eval/{name}", f"eval_base/{name}"} <= lines[-1].keys()
-    for file in ("curves.png", "validation/step-000003.png", "README.md", "arguments.json"):
+    for file in ("curves.png", "validation/step-000003.png", "README.md", "settings.yaml"):
         assert (plain / file).stat().st_size > 100
-    assert [path.name for path in plain.glob(".*")] == [".lock"]  # nothing half-written is left
-    card = (plain / "README.md").read_text()
-    assert "guidance 4.5 (1 is none) at 16 x 16 pixels, and was watched at 14 steps" in card
-    code = card.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
-    assert "guidance_scale=4.5," in code and "height=16," in code
+    assert not list(plain.glob(".*"))  # nothing half-written is left
 
 
-def test_the_lora_loads_in_diffusers_and_draws_the_trainers_own_picture(plain, tiny):
-    args = train_sd35.Arguments(**json.loads((plain / "arguments.json").read_text()))
+def test_the_lora_draws_the_validation_image_in_diffusers(plain, tiny):
+    chosen = Settings(**yaml.safe_load((plain / "settings.yaml").read_text()))
     pipe = StableDiffusion3Pipeline.from_pretrained(tiny, dtype=torch.float32)
-    pipe.scheduler = sd35.make_scheduler(args.sampler, args.flow_shift)
-    pipe.set_progress_bar_config(disable=True)
-    prompt = train_sd35.read_prompts(args)[1][0]["prompt"]
-    side, generator = shapes.SIDE, train_sd35.seeded(args.seed, train_sd35.VALIDATION, 0)
-    latent = side // pipe.vae_scale_factor
-    noise = torch.randn(3, latent, latent, generator=generator)
+    pipe.scheduler = sd35.make_scheduler(chosen.sampler, chosen.flow_shift)
+    noise = torch.randn(1, 3, 8, 8, generator=sd35.seeded(chosen.seed, sd35.VALIDATION, 0))
 
     def draw():
         output = pipe(
-            prompt,
-            latents=noise[None],
-            num_inference_steps=args.eval_inference_steps,
-            guidance_scale=args.guidance_scale,
-            height=side,
-            width=side,
-            max_sequence_length=args.max_sequence_length,
+            train_sd35.read_prompts(chosen)[1][0]["prompt"],
+            latents=noise,
+            num_inference_steps=chosen.eval_inference_steps,
+            guidance_scale=chosen.guidance_scale,
+            height=shapes.SIDE,
+            width=shapes.SIDE,
+            max_sequence_length=chosen.max_sequence_length,
         )
         return np.asarray(output.images[0])
 
-    grid = np.asarray(Image.open(plain / "validation" / "step-000003.png"))
-    kept = [grid[22:214:12, 192 * i : 192 * (i + 1) : 12] for i in range(2)]
-    assert np.array_equal(draw(), kept[0])
+    sheet = np.asarray(Image.open(plain / "validation" / "step-000003.png"))
+    base, now = (sheet[22:214:12, x : x + 192 : 12] for x in (0, 192))
+    assert np.array_equal(draw(), base)
     pipe.load_lora_weights(plain, weight_name="pytorch_lora_weights.safetensors")
-    assert np.array_equal(draw(), kept[1])
+    assert np.array_equal(draw(), now)
 
 
-@pytest.mark.parametrize("size", [1, 3, 8])
-def test_any_micro_batch_size_takes_the_same_steps(size, plain, tiny, tmp_path):
-    changed = run(tiny, tmp_path / "run", micro_batch_size=size)
-    assert difference(lora(plain), changed) < 1e-5
-
-
-def test_auto_takes_the_largest_micro_batch_that_fits(plain, tiny, tmp_path, monkeypatch, capsys):
-    decode, tried = sd35.decode, []
-
-    def small_memory(vae, latents):
-        tried.append(len(latents))
-        if len(latents) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(vae, latents)
-
-    monkeypatch.setattr(sd35, "decode", small_memory)
-    changed = run(tiny, tmp_path / "run", micro_batch_size="auto")
+def test_auto_and_gradient_checkpointing_change_no_step(plain, tiny, tmp_path, capsys):
+    changed = run(tiny, tmp_path, micro_batch_size="auto", gradient_checkpointing=True)
     assert "--micro_batch_size auto: 4" in capsys.readouterr().out
-    # First the weights' check, last a validation picture; 8: two times of a group of four.
-    assert tried[:5] == [1, 1, 8, 4, 1]
     assert difference(lora(plain), changed) < 1e-5
-
-
-def test_a_learning_rate_that_falls_takes_smaller_steps(tiny, tmp_path):
-    last = {"ema_steps": 1, "ema_decay": 0}  # saves theta itself
-    start = run(tiny, tmp_path / "start", learning_rate=1e-12, **last)
-    far = run(tiny, tmp_path / "far", learning_rate=1e-3, **last)
-    near = run(tiny, tmp_path / "near", learning_rate=1e-3, lr_scheduler="cosine", **last)
-    assert 0 < difference(start, near) < 0.9 * difference(start, far)
-
-
-def test_another_seed_takes_other_steps(plain, tiny, tmp_path):
-    assert difference(lora(plain), run(tiny, tmp_path / "run", seed=1)) > 1e-3
 
 
 def test_two_processes_take_the_same_steps(plain, tiny, tmp_path):
     """Three prompts on two processes: one has two groups, the other one."""
-    launched = on_two_processes(flags(tiny, tmp_path / "run"))
-    _, errors = launched.communicate()
-    assert launched.returncode == 0, errors
-    assert difference(lora(plain), lora(tmp_path / "run")) < 1e-5
-    one, two = metrics(plain), metrics(tmp_path / "run")
-    for key in ("reward", "reward_std", "gate", "gap", "kl", "grad_norm"):
-        assert [a[key] for a in one] == pytest.approx([b[key] for b in two], rel=1e-3, abs=2e-6)
+    assert on_two_processes(lambda: train_sd35.train(settings(tiny, tmp_path))) == [0, 0]
+    assert difference(lora(plain), lora(tmp_path)) < 1e-5
+    one, two = metrics(plain), metrics(tmp_path)
+    for key in ("reward", "reward_std", "gate", "gap", "kl", "grad_norm", *one[-1].keys() - one[0]):
+        pairs = [[line[key] for line in lines if key in line] for lines in (one, two)]
+        assert pairs[0] == pytest.approx(pairs[1], rel=1e-3, abs=2e-6)
 
 
-VARIANTS = {
-    "euler": {"sampler": "euler", "t_min": 0.3},
-    "theta_old from the start": {"old_after": 0},
-    "an EMA reference": {"recipe": "cfg_free_ema"},
-    "a guided reference": {"recipe": "cfg_free"},
-    "several rewards": {"reward": [f"{REWARD}:brightness", f"{REWARD}:darkness=0.5"]},
-    "no clip, no KL": {"clip": 0, "kl": 0},
-    "std of the group": {"std": "group"},
-    "beyond the paper": {"train_samples": 2, "bound": 2, "updates_per_rollout": 2},
-}
+def test_a_reward_that_is_only_watched_changes_no_step(plain, tiny, tmp_path):
+    run(tiny, tmp_path, eval_reward=f"{REWARD}:darkness", validation_steps=2)
+    assert bits(tmp_path) == bits(plain)
+    shown = [line for line in metrics(tmp_path) if f"eval/{REWARD}:darkness" in line]
+    assert [line["step"] for line in shown] == [2, 3]
+    for line in shown:
+        for kind in ("eval", "eval_base"):
+            both = line[f"{kind}/{REWARD}:darkness"] + line[f"{kind}/{REWARD}:brightness"]
+            assert both == pytest.approx(1)
 
 
-UNFIT = {
-    "a word": ("ocr", "prompt 2 is not for ocr: no text in quotation marks in the prompt 'a word'"),
-    '"a word"': ("geneval_official", "prompt 1 is not for geneval_official"),
-}
+CACHED = """
+import sqlite3
+CACHE = sqlite3.connect(":memory:")  # which only the thread that made it may use
+
+def reward(images, prompts, metadata):
+    CACHE.execute("select 1")
+    return images.mean((1, 2, 3)), {"words": len(metadata[0]["prompt"].split())}
+"""
 
 
-@pytest.mark.parametrize("last", UNFIT)
-def test_a_prompt_that_a_reward_cannot_be_for_is_found_before_the_run(last, tiny, tmp_path):
-    (tmp_path / "prompts.txt").write_text(f'a sign "YES"\n{last}\n')
-    about = {"train_prompts": tmp_path / "prompts.txt", "reward": "ocr"}
-    about |= {"eval_reward": UNFIT[last][0]} if UNFIT[last][0] != "ocr" else {}
-    with pytest.raises(cli.Fault, match="argument --train_prompts: .*") as error:
-        run(tiny, tmp_path / "run", **about)
-    assert UNFIT[last][1] in str(error.value)
-    assert not (tmp_path / "run" / "arguments.json").exists()
-
-
-def test_an_odd_group_trains_on_all_of_it(tiny, tmp_path):
-    run(tiny, tmp_path, group_size=3, max_train_steps=1)
-    assert len(metrics(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_run(name, plain, tiny, tmp_path):
-    changed = run(tiny, tmp_path / "run", max_train_steps=2, **VARIANTS[name])
-    assert all(value.isfinite().all() for value in changed.values())
-    assert len(metrics(tmp_path / "run")) == 2
-
-
-def test_gradient_checkpointing_changes_nothing(plain, tiny, tmp_path):
-    changed = run(tiny, tmp_path / "run", gradient_checkpointing=True)
-    assert difference(lora(plain), changed) < 1e-5
-
-
-def test_offline_samples_do_not_follow_the_model(tiny, tmp_path):
-    """The reference's rewards in every step, whatever the learning rate is; online not."""
-    found = {}
-    for offline in ([], ["--offline"]):
-        for rate in (1e-9, 0.1):
-            out = tmp_path / f"{offline}{rate}"
-            line = flags(tiny, out, learning_rate=rate, max_train_steps=2, validation_steps=9)
-            train_sd35.train(train_sd35.parse_args(line + offline))
-            found[bool(offline), rate] = [line["reward"] for line in metrics(out)]
-    assert found[True, 0.1] == found[True, 1e-9]
-    assert found[False, 0.1][0] == found[True, 0.1][0] and found[False, 0.1] != found[True, 0.1]
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_an_exact_reward_rises(seed, tiny, tmp_path):
-    """The background is bright, so that there is room for darkness."""
-    settings = {"max_train_steps": 20, "learning_rate": 1e-2, "group_size": 8, "guidance_scale": 1}
-    settings |= {"old_after": 100, "clip": 0, "kl": 0, "beta": 1, "micro_batch_size": 16}
-    run(tiny, tmp_path / "run", seed=seed, reward=f"{REWARD}:darkness", **settings)
-    found = [line["reward"] for line in metrics(tmp_path / "run")]
-    assert np.mean(found[-4:]) > np.mean(found[:4]) + 3 * np.std(found[:4])
-
-
-@pytest.mark.parametrize("combine", ["rewards", "advantages"])
-def test_weighted_rewards_add_up(combine, tiny, tmp_path):
-    both = [f"{REWARD}:brightness=2", "compressibility=0.5"]
-    run(tiny, tmp_path / "run", reward=both, max_train_steps=1, combine=combine)
+def test_rewards_are_loaded_and_called_in_one_thread_and_their_info_is_logged(tiny, tmp_path):
+    (tmp_path / "cached.py").write_text(CACHED)
+    small = {"max_train_steps": 1, "prompts_per_step": 1}
+    run(tiny, tmp_path / "run", reward=f"{tmp_path}/cached.py:reward", **small)
     (line,) = metrics(tmp_path / "run")
-    total = 2 * line[f"reward/{REWARD}:brightness"] + 0.5 * line["reward/compressibility"]
-    assert line["reward"] == pytest.approx(total, abs=1e-6)
+    assert line[f"info/{tmp_path}/cached.py:reward/words"] in (2, 3, 5)
 
 
-def test_a_group_with_a_nan_takes_no_part(tiny, tmp_path, capsys):
-    run(tiny, tmp_path / "run", reward=f"{REWARD}:nan_for_some", max_train_steps=2)
-    assert [line["groups_not_finite"] > 0 for line in metrics(tmp_path / "run")].count(True) >= 1
-    words = "|".join(shapes.COLORS)
-    assert re.search(rf"is nan for prompt '(two |three )?({words}) ", capsys.readouterr().out)
+def test_prompts_that_are_cut_are_announced(tiny, tmp_path, capsys):
+    run(tiny, tmp_path, max_sequence_length=4, max_train_steps=1, prompts_per_step=1)
+    said = r"\d prompts are longer than the text encoders read, such as 'red square on the left'"
+    assert re.search(said, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("nan_for_all", "no group of a step has finite rewards"),
-        ("raising", r"failed on images of prompt '\w+ .*': ZeroDivisionError"),
-        ("too_few", r"must return 4 scores, got \(3,\), of prompt '\w+ "),
-    ],
-)
-def test_a_reward_that_fails_ends_the_run_which_is_saved(
-    function, message, tiny, tmp_path, monkeypatch
-):
-    score, failing, scored = train_sd35.rewards.score, getattr(own_rewards, function), []
-
-    def fails_in_the_second_step(name, reward, images, prompts):
-        scored.append(name)
-        return score(name, reward if len(scored) <= 3 else failing, images, prompts)
-
-    monkeypatch.setattr(train_sd35.rewards, "score", fails_in_the_second_step)
-    with pytest.raises(cli.Fault, match=message):
-        run(tiny, tmp_path / "run")
-    assert (tmp_path / "run" / "checkpoint-1" / "complete.json").exists()
+def test_a_reward_that_raises_ends_the_run_with_its_traceback(tiny, tmp_path, monkeypatch, capsys):
+    line = flags(tiny, tmp_path, reward=f"{REWARD}:raising")
+    monkeypatch.setattr("sys.argv", ["train_sd35.py", *line])
+    with pytest.raises(SystemExit) as end:
+        run_script(train_sd35.main)
+    *traceback, sentence = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "    return 1 / 0" in traceback
+    assert sentence.startswith("train_sd35.py: ") and "own_rewards.py:raising" in sentence
 
 
-def test_a_gradient_that_is_not_finite_is_no_step_and_five_end_the_run(tiny, tmp_path, monkeypatch):
-    before = []
-    original = train_sd35.dgpo.backward_group_loss
+def test_whatever_ends_a_run_its_steps_are_saved(tiny, tmp_path, monkeypatch):
+    decode, calls = sd35.decode, []
 
-    def broken(theta, *args, **kwargs):
-        found = original(theta, *args, **kwargs)
-        parameters = [p for p in before[0].model.theta if p.grad is not None]
-        parameters[0].grad[0] = float("nan")
-        return found
+    def full(vae, latents):
+        calls.append(len(latents))
+        if len(calls) == 5:  # in the second step
+            raise torch.OutOfMemoryError
+        return decode(vae, latents)
 
-    build = train_sd35.build
-    monkeypatch.setattr(train_sd35, "build", lambda *a: before.append(build(*a)) or before[0])
-    monkeypatch.setattr(train_sd35.dgpo, "backward_group_loss", broken)
-    with pytest.raises(cli.Fault, match="the last 5 steps had no finite gradient"):
-        run(tiny, tmp_path / "run", max_train_steps=9)
-    lines = metrics(tmp_path / "run")
-    assert [line["grad_norm"] for line in lines] == [None] * 5
-    state = checkpoints.load(tmp_path / "run" / "checkpoint-5")
-    assert all(torch.equal(*pair) for pair in zip(state["parameters"], state["ema"], strict=True))
-    assert state["bad_steps"] == 5 and not state["optimizer"]["state"]
-    with pytest.raises(cli.Fault, match="the last 2 steps had no finite gradient"):  # and no other
-        before.clear()
-        run(tiny, tmp_path / "short", max_train_steps=2)
+    monkeypatch.setattr(sd35, "decode", full)
+    said = "out of memory after 1 steps; continue .*, and lower --micro_batch_size, which changes"
+    with pytest.raises(UserError, match=said):
+        run(tiny, tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
 
 
-def test_a_reward_that_only_watches_does_not_keep_a_run_from_its_end(tmp_path, monkeypatch):
-    def stop():
-        raise cli.Stopped
-
-    asleep = threading.Event()
-    monkeypatch.setattr(train_sd35.records, "validate", lambda *_: asleep.wait(60))
-    model = SimpleNamespace(saved_average=contextlib.nullcontext, between_passes=stop)
-    args = SimpleNamespace(output_dir=str(tmp_path))
-    trainer = train_sd35.Trainer(args, SimpleNamespace(device="cpu"), model, None, None)
-    monkeypatch.setattr(trainer, "render", lambda prompts: None)
-    begun = time.monotonic()
-    with pytest.raises(cli.Stopped):
-        trainer.validate([], None, {})
-    asleep.set()
-    assert time.monotonic() - begun < 30
+def test_five_steps_without_a_finite_gradient_end_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sd35.Trainer, "update", lambda trainer, trained: None)
+    small = {"prompts_per_step": 1, "group_size": 2, "num_inference_steps": 2, "t_min": 0}
+    with pytest.raises(UserError, match="5 steps in a row had no finite gradient; lower --learn"):
+        run(tiny, tmp_path, max_train_steps=9, **small)
+    assert [line["grad_norm"] for line in metrics(tmp_path)] == [None] * 5
 
 
-def test_pictures_that_are_not_finite_are_no_rewards_fault(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sd35.Model, "decode", lambda _, x: torch.full((len(x), 3, 16, 16), torch.nan)
-    )
-    with pytest.raises(cli.Fault, match="the pictures of prompt '.*' are not finite; lower --lea"):
-        run(tiny, tmp_path / "run")
-
-
-def test_a_prompt_of_two_lines_is_drawn_as_one(tiny, tmp_path):
-    (tmp_path / "two.jsonl").write_text(json.dumps({"prompt": "red\nsquare"}))
-    run(tiny, tmp_path / "run", train_prompts=tmp_path / "two.jsonl", max_train_steps=1)
-    assert list((tmp_path / "run" / "validation").iterdir())
-
-
-def test_a_name_that_this_locale_cannot_write_ends_no_run(tiny, tmp_path):
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ascii_only}
-    (tmp_path / "r\xf6t.txt").write_text("red square")
-    prompts = {"train_prompts": tmp_path / "r\xf6t.txt", "max_train_steps": 1}
-    command = [sys.executable, "train_sd35.py", *flags(tiny, tmp_path / "run", **prompts)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
-    assert ended.returncode == 0, ended.stderr
-    assert "train_prompts: r??t.txt" in (tmp_path / "run" / "README.md").read_text("utf-8")
-
-
-def test_a_theta_that_is_not_finite_ends_the_run_and_is_not_saved(tiny, tmp_path):
-    """The gradient of the second step is finite, its learning rate is not."""
-    args = train_sd35.parse_args(flags(tiny, tmp_path / "run", checkpointing_steps=1))
-    original = train_sd35.learning_rate
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(cli.Fault, match="no longer finite"):
-        patch.setattr(
-            train_sd35,
-            "learning_rate",
-            lambda args, step: math.inf if step else original(args, step),
-        )
-        train_sd35.train(args)
-    assert [path.name for path in checkpoints.newest_first(tmp_path / "run")] == ["checkpoint-1"]
-    assert all(parameter.isfinite().all() for parameter in load_state(tmp_path / "run", 1))
+def test_an_exact_reward_rises_under_the_learning_rate_of_each_step(tiny, tmp_path):
+    """The background is bright, so that there is room for darkness."""
+    chosen = {"max_train_steps": 12, "learning_rate": 2e-2, "group_size": 8, "guidance_scale": 1}
+    chosen |= {"old_after": 100, "clip": 0, "kl": 0, "beta": 1, "lr_warmup_steps": 2}
+    run(tiny, tmp_path, reward=f"{REWARD}:darkness", **chosen)
+    lines = metrics(tmp_path)
+    rewards = [line["reward"] for line in lines]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 3 * np.std(rewards[:3])
+    schedule = parse(Settings, flags(tiny, tmp_path, **chosen))
+    rates = [learning_rate_at(schedule, step) for step in range(12)]
+    assert [line["learning_rate"] for line in lines] == rates

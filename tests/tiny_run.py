@@ -122,6 +122,7 @@ def on_two_processes(work):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    group["OMP_NUM_THREADS"] = "1"
     children = [fork(work, RANK=str(i), LOCAL_RANK=str(i), **group) for i in range(2)]
     return [exit_code(child) for child in children]
 
