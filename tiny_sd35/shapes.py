@@ -100,7 +100,7 @@ def read(images: Tensor) -> tuple[list[list], Tensor]:
 
 
 def grade(scene: list, prompt: dict) -> float:
-    """The mean over three: each kind in the right number; nothing else; all on the right side."""
+    """0 to 1: the mean grade of each kind's number, of nothing else being there, of the side."""
     seen = Counter(kind for kind in scene if kind)
     wanted = Counter(tuple(kind) for kind in prompt["objects"])
     grades = [max(0.0, 1 - abs(seen[kind] - n) / n) for kind, n in wanted.items()]
