@@ -26,7 +26,7 @@ from rewards.interface import need
 # Quotation marks: an opening one and its closing ones. The single kind counts where no double does.
 DOUBLE = ('""', "＂＂", "“”", "„“”", "””", "«»", "»«»", "「」", "『』", "｢｣", "〝〞〟")
 SINGLE = ("''", "‘’", "‚‘’", "‹›", "›‹›")
-DIGIT = r"[\d½¼¾]"
+DIGIT = r"[\d¼½¾⅐-⅞]"
 ELISION = r"(?i:\d\ds?|n|em|till?|tis|twas|cause|bout|round)\b"  # '90s, 'em: nothing to close
 ROCK_N_ROLL = re.compile(r"(?<=\w )['‘’](n|N(?=['’] [A-Z]))['’](?= \w)")
 

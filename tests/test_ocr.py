@@ -96,7 +96,7 @@ SIMILARITIES = [
     ("SHUT and OPEN", ["OPEN", "SHUT"], 1),
     ("OPEN CAFE", ["OPEN", "SHUT"], 1 / 2),
     ("SHUD OPEM", ["OPEN", "SHUT"], 1 - 2 / 8),
-    ("OPENING", ["OPEN", "OPENING"], 7 / 11),
+    ("OPENING OPEN", ["OPEN", "OPENING"], 1),
     ("GO", ["GO", "GO"], 1 / 2),
     # one form for both sides
     ("20℃ 5m³ No5", ["20°C 5m3 №5"], 1),
@@ -131,6 +131,11 @@ ORDERS = {  # boxes in the order in which they are to be read
         box(110, 52),
     ],
     "a tall box before two lines": [box(0, 0, height=90), box(110, 0), box(110, 50)],
+    "a step down to the left": [box(110, 0), box(0, 30)],
+    "rising lines, the lower further left": [
+        box(10, 0, width=300, slope=-0.2),
+        box(0, 60, width=300, slope=-0.2),
+    ],
     "one below the other": [box(0, 0), box(5, 30), box(-5, 60)],
 }
 
@@ -168,7 +173,7 @@ def noisy(image):
     return torch.from_numpy((np.array(blurred) / 255 + noise).clip(0, 1)).permute(2, 0, 1).float()
 
 
-SIDE_BY_SIDE = [(105, 200), (285, 188)]  # the left word is 12 px lower
+SIDE_BY_SIDE = [(105, 200), (285, 184)]  # the left word is 16 px lower
 SIGNS = {  # the picture, what its prompt quotes, the least and the greatest score
     "clean": (lambda: sign("OPEN DAILY"), ["OPEN DAILY"], 1, 1),
     "small": (lambda: sign("OPEN DAILY", size=22), ["OPEN DAILY"], 0.9, 1),
@@ -176,7 +181,7 @@ SIGNS = {  # the picture, what its prompt quotes, the least and the greatest sco
     "two lines": (lambda: sign("OPEN", "DAILY"), ["OPEN DAILY"], 1, 1),
     "two texts": (lambda: sign("SHUT", "OPEN"), ["OPEN", "SHUT"], 1, 1),
     "side by side": (
-        lambda: sign("HELLO", "WORLD", size=48, places=SIDE_BY_SIDE),
+        lambda: sign("HELLO", "WORLD", size=40, places=SIDE_BY_SIDE),
         ["HELLO WORLD"],
         1,
         1,
@@ -204,11 +209,16 @@ def test_signs_are_read(name, reward):
     assert least - 1e-6 <= scores.item() <= most + 1e-6
 
 
-def test_a_box_is_read_alike_whatever_stands_beside_it(reward):
-    """In a batch, boxes are padded to the widest, and "10 %" loses its space beside a long line."""
-    engine, short = ocr.build_engine(), rewards.to_bytes(sign("10 %")[None, :, 150:234])[0]
-    wide = rewards.to_bytes(sign("A VERY LONG LINE OF WORDS", size=24)[None, :, 176:208])[0]
-    assert engine.recognize_txt([short]).txts[0] == engine.recognize_txt([short, wide]).txts[0]
+def test_a_box_is_read_alike_whatever_stands_beside_it():
+    """In a batch, boxes are padded to the widest, which changes what is read and how surely."""
+    pytest.importorskip("rapidocr")
+    engine, images = ocr.build_engine(), torch.stack([sign("10 %"), sign("A LONGER LINE", size=40)])
+    short, long = (picture[162:222] for picture in rewards.to_bytes(images))
+    alone, beside = (
+        engine.recognize_txt([short[:, 120:264]]),
+        engine.recognize_txt([short[:, 120:264], long]),
+    )
+    assert (alone.txts[0], alone.scores[0]) == (beside.txts[0], beside.scores[0])
 
 
 def test_a_sign_that_the_engine_does_not_know_is_refused(reward):
