@@ -154,11 +154,11 @@ def test_wordings_are_the_benchmarks(text):
 def test_geneval_prompts_agree_with_what_the_reward_judges(benchmark):
     """An image with just what the metadata says is right, an empty one is wrong."""
     places = {"left of": (0, 50), "right of": (99, 50), "above": (50, 0), "below": (50, 99)}
-    for prompt in prompts.geneval_prompts(1000):
+    for prompt in map(geneval.read_metadata, prompts.geneval_prompts(1000)):
         objects, color = {}, {}
         for clause in prompt["include"]:
             x, y = places.get(clause.get("position", [None])[0], (50, 50))
-            box = geneval.Found((x, y, x + 5, y + 5), 1.0)
+            box = geneval.Detection((x, y, x + 5, y + 5), 1.0)
             objects[clause["class"]] = [box] * clause["count"]
             color[clause["class"]] = clause.get("color", "white")
 
