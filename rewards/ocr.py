@@ -23,7 +23,7 @@ from torch import Tensor
 from rewards import Reward, RewardError, to_bytes
 from rewards.interface import need
 
-# Quotation marks: an opening one and its closing ones. The single kind counts where no double does.
+# Quotation marks: an opening one and what closes it. Single ones count only if there are no double.
 DOUBLE = ('""', "＂＂", "“”", "„“”", "””", "«»", "»«»", "「」", "『』", "｢｣", "〝〞〟")
 SINGLE = ("''", "‘’", "‚‘’", "‹›", "›‹›")
 DIGIT = r"[\d¼½¾⅐-⅞]"
@@ -53,7 +53,7 @@ def quotation(marks: str, single: bool, lenient: bool) -> tuple[str, str]:
         end = rf"(?<!\s){end}(?!\w)"
     else:
         doubtful = f"(?<={DIGIT}){end}"
-        if start in marks[1:] or start == "”":  # it looks the same at both ends: see what is around
+        if start in marks[1:]:  # the same mark opens and closes: see what is around it
             start = rf"(?<!{DIGIT}){start}(?:(?<!\w.)|(?=\w))(?!(?<=\S.)\s)"
         end = rf"{end}(?!(?<=\s.)\w)"
     if lenient:
@@ -89,7 +89,7 @@ def quoted_texts(prompt: str) -> list[str]:
             raise RewardError(f"a quotation mark is not closed in the prompt {prompt!r}")
         one, two = (reading or [] for reading in readings)
         if one and two and one != two:
-            raise RewardError(f"the prompt {prompt!r} may quote {one} or {two}: use “ and ”")
+            raise RewardError(f"the prompt {prompt!r} may quote {one} or {two}: use « and »")
         if one or two:
             return one or two
     raise RewardError(f"no text in quotation marks in the prompt {prompt!r}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pil_pixels import pil_pixels
+from reward_models import pil_pixels, random_tensors
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers import LlamaTokenizer as Tokenizer
@@ -22,16 +22,20 @@ LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "rm
 LLAMA |= {"num_attention_heads": 4, "vocab_size": 350}
 CONFIG = {**LLAMA, "visual_config": {"visual_model": VISION, "visual_abstractor": SIZES}}
 
-# The published names, and shapes in small: two layers (#), two twins (@); V and A are the towers.
+# The published names, and shapes in small.
 TENSORS = """
 model.embed_tokens.weight 350 32
 model.norm.weight 32
 lm_head.weight 350 32
-model.layers.#.input_layernorm.multiway.@.weight 32
-model.layers.#.post_attention_layernorm.multiway.@.weight 32
+model.layers.#.input_layernorm.multiway.0.weight 32
+model.layers.#.input_layernorm.multiway.1.weight 32
+model.layers.#.post_attention_layernorm.multiway.0.weight 32
+model.layers.#.post_attention_layernorm.multiway.1.weight 32
 model.layers.#.self_attn.q_proj.weight 32 32
-model.layers.#.self_attn.k_proj.multiway.@.weight 32 32
-model.layers.#.self_attn.v_proj.multiway.@.weight 32 32
+model.layers.#.self_attn.k_proj.multiway.0.weight 32 32
+model.layers.#.self_attn.k_proj.multiway.1.weight 32 32
+model.layers.#.self_attn.v_proj.multiway.0.weight 32 32
+model.layers.#.self_attn.v_proj.multiway.1.weight 32 32
 model.layers.#.self_attn.o_proj.weight 32 32
 model.layers.#.mlp.gate_proj.weight 48 32
 model.layers.#.mlp.up_proj.weight 48 32
@@ -82,17 +86,7 @@ def random(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def network():
-    tensors = {}
-    for line in TENSORS.strip().replace("V.", V).replace("A.", A).splitlines():
-        pattern, *sizes = line.split()
-        sizes = [int(size) for size in sizes]
-        for layer in "01" if "#" in pattern else " ":
-            for twin in "01" if "@" in pattern else " ":
-                name = pattern.replace("#", layer).replace("@", twin)
-                for kind in ("weight", "bias") if "*" in name else ("",):
-                    shape = sizes[:1] if kind == "bias" else sizes
-                    values = random(*shape, seed=len(tensors)) / shape[-1] ** 0.5
-                    tensors[name.replace("*", kind)] = values + ("norm" in name)
+    tensors = random_tensors(TENSORS.strip(), V=V[:-1], A=A[:-1])
     return deqa.Network(tensors, CONFIG)
 
 

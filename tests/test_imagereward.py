@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from pil_pixels import pil_pixels
+from reward_models import pil_pixels, random_tensors
 from transformers import BertTokenizer
 
 import rewards
@@ -11,61 +11,53 @@ import rewards
 PROMPTS = ["a red circle", "a blue square", "a green circle and a red square"]
 
 
-def published_imagereward(width=128, hidden=64, patch=8, side=24):
-    """Random tensors under the names of the published ImageReward.pt."""
-    generator, state = torch.Generator().manual_seed(0), {}
-
-    def put(name, *shape):
-        state[name] = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-
-    def linear(name, n_out, n_in):
-        put(f"{name}.weight", n_out, n_in)
-        put(f"{name}.bias", n_out)
-
-    def norm(name, n):
-        scale, shift = torch.rand(2, n, generator=generator)
-        state[f"{name}.weight"], state[f"{name}.bias"] = scale + 0.5, shift
-
-    seeing, reader = "blip.visual_encoder.", "blip.text_encoder."
-    put(f"{seeing}cls_token", 1, 1, width)
-    put(f"{seeing}pos_embed", 1, (side // patch) ** 2 + 1, width)
-    put(f"{seeing}patch_embed.proj.weight", width, 3, patch, patch)
-    put(f"{seeing}patch_embed.proj.bias", width)
-    for i in range(2):
-        block = f"{seeing}blocks.{i}."
-        norm(f"{block}norm1", width), norm(f"{block}norm2", width)
-        linear(f"{block}attn.qkv", 3 * width, width), linear(f"{block}attn.proj", width, width)
-        linear(f"{block}mlp.fc1", 2 * width, width), linear(f"{block}mlp.fc2", width, 2 * width)
-    norm(f"{seeing}norm", width)
-    put(f"{reader}embeddings.word_embeddings.weight", 40, hidden)
-    put(f"{reader}embeddings.position_embeddings.weight", 48, hidden)
-    state[f"{reader}embeddings.position_ids"] = torch.arange(48)[None]
-    norm(f"{reader}embeddings.LayerNorm", hidden)
-    for i in range(2):
-        layer = f"{reader}encoder.layer.{i}."
-        for kind, n in (("attention", hidden), ("crossattention", width)):
-            linear(f"{layer}{kind}.self.query", hidden, hidden)
-            linear(f"{layer}{kind}.self.key", hidden, n)
-            linear(f"{layer}{kind}.self.value", hidden, n)
-            linear(f"{layer}{kind}.output.dense", hidden, hidden)
-            norm(f"{layer}{kind}.output.LayerNorm", hidden)
-        linear(f"{layer}intermediate.dense", 2 * hidden, hidden)
-        linear(f"{layer}output.dense", hidden, 2 * hidden)
-        norm(f"{layer}output.LayerNorm", hidden)
-    sizes = [hidden, 1024, 128, 64, 16, 1]
-    for i, place in enumerate((0, 2, 4, 6, 7)):
-        linear(f"mlp.layers.{place}", sizes[i + 1], sizes[i])
-    return state
+# The published names, and shapes in small.
+TENSORS = """
+V.cls_token 1 1 128
+V.pos_embed 1 10 128
+V.patch_embed.proj.weight 128 3 8 8
+V.patch_embed.proj.bias 128
+V.blocks.#.norm1.* 128
+V.blocks.#.norm2.* 128
+V.blocks.#.attn.qkv.* 384 128
+V.blocks.#.attn.proj.* 128 128
+V.blocks.#.mlp.fc1.* 256 128
+V.blocks.#.mlp.fc2.* 128 256
+V.norm.* 128
+T.embeddings.word_embeddings.weight 40 64
+T.embeddings.position_embeddings.weight 48 64
+T.embeddings.position_ids 1 48
+T.embeddings.LayerNorm.* 64
+T.encoder.layer.#.attention.self.query.* 64 64
+T.encoder.layer.#.attention.self.key.* 64 64
+T.encoder.layer.#.attention.self.value.* 64 64
+T.encoder.layer.#.attention.output.dense.* 64 64
+T.encoder.layer.#.attention.output.LayerNorm.* 64
+T.encoder.layer.#.crossattention.self.query.* 64 64
+T.encoder.layer.#.crossattention.self.key.* 64 128
+T.encoder.layer.#.crossattention.self.value.* 64 128
+T.encoder.layer.#.crossattention.output.dense.* 64 64
+T.encoder.layer.#.crossattention.output.LayerNorm.* 64
+T.encoder.layer.#.intermediate.dense.* 128 64
+T.encoder.layer.#.output.dense.* 64 128
+T.encoder.layer.#.output.LayerNorm.* 64
+mlp.layers.0.* 1024 64
+mlp.layers.2.* 128 1024
+mlp.layers.4.* 64 128
+mlp.layers.6.* 16 64
+mlp.layers.7.* 1 16
+"""
+STATE = random_tensors(TENSORS.strip(), V="blip.visual_encoder", T="blip.text_encoder")
 
 
-def imagereward_by_hand(state, pixels, ids, mask):
+def forward(pixels, ids, mask):
     """The published forward pass of one picture (3, H, W) and one prompt's tokens, written out."""
 
     def linear(name, x):
-        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+        return F.linear(x, STATE[f"{name}.weight"], STATE[f"{name}.bias"])
 
     def norm(name, x, eps):
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
+        return F.layer_norm(x, x.shape[-1:], STATE[f"{name}.weight"], STATE[f"{name}.bias"], eps)
 
     def attend(q, k, v, mask=None):  # (tokens, width), heads 64 wide
         q, k, v = (x.view(len(x), -1, 64).transpose(0, 1) for x in (q, k, v))
@@ -75,9 +67,9 @@ def imagereward_by_hand(state, pixels, ids, mask):
         return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
     seeing, reader = "blip.visual_encoder.", "blip.text_encoder."
-    kernel = state[f"{seeing}patch_embed.proj.weight"]
-    x = F.conv2d(pixels, kernel, state[f"{seeing}patch_embed.proj.bias"], stride=kernel.shape[-1])
-    x = torch.cat([state[f"{seeing}cls_token"][0], x.flatten(1).T]) + state[f"{seeing}pos_embed"][0]
+    kernel = STATE[f"{seeing}patch_embed.proj.weight"]
+    x = F.conv2d(pixels, kernel, STATE[f"{seeing}patch_embed.proj.bias"], stride=kernel.shape[-1])
+    x = torch.cat([STATE[f"{seeing}cls_token"][0], x.flatten(1).T]) + STATE[f"{seeing}pos_embed"][0]
     for i in range(2):
         block = f"{seeing}blocks.{i}."
         qkv = linear(f"{block}attn.qkv", norm(f"{block}norm1", x, 1e-6)).chunk(3, -1)
@@ -86,8 +78,8 @@ def imagereward_by_hand(state, pixels, ids, mask):
         x = x + linear(f"{block}mlp.fc2", up)
     seen = norm(f"{seeing}norm", x, 1e-6)
 
-    h = state[f"{reader}embeddings.word_embeddings.weight"][ids]
-    h = h + state[f"{reader}embeddings.position_embeddings.weight"][: len(ids)]
+    h = STATE[f"{reader}embeddings.word_embeddings.weight"][ids]
+    h = h + STATE[f"{reader}embeddings.position_embeddings.weight"][: len(ids)]
     h = norm(f"{reader}embeddings.LayerNorm", h, 1e-12)
     for i in range(2):
         layer = f"{reader}encoder.layer.{i}."
@@ -111,25 +103,25 @@ def files(tmp_path):
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] a red green circle square and blue".split()
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "words")
-    torch.save(published_imagereward(), tmp_path / "ImageReward.pt")
+    torch.save(STATE, tmp_path / "ImageReward.pt")
     return tmp_path / "words", tmp_path / "ImageReward.pt"
 
 
 def test_imagereward_is_the_published_forward_pass(files):
     images = torch.rand(3, 3, 30, 41, generator=torch.Generator().manual_seed(1))
     reward = rewards.load("imagereward", "cpu", f"{files[0]},{files[1]}")
-    tokenizer, state = BertTokenizer.from_pretrained(files[0]), published_imagereward()
+    tokenizer = BertTokenizer.from_pretrained(files[0])
     by_hand = []
     for pixels, prompt in zip(pil_pixels(images, 24), PROMPTS, strict=True):
         tokens = tokenizer(prompt, padding="max_length", max_length=35)
         ids, mask = (torch.tensor(tokens[name]) for name in ("input_ids", "attention_mask"))
-        by_hand.append(imagereward_by_hand(state, pixels, ids, mask.bool()))
+        by_hand.append(forward(pixels, ids, mask.bool()))
     assert reward(images, PROMPTS).tolist() == pytest.approx(by_hand, abs=1e-4)
     assert len({round(score, 3) for score in by_hand}) == 3
 
 
 def test_a_file_without_a_tensor_is_refused(files, tmp_path):
-    state = published_imagereward()
+    state = dict(STATE)
     del state["blip.text_encoder.encoder.layer.1.crossattention.self.key.bias"]
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(rewards.RewardError, match="load the reward imagereward: RuntimeError"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pil_pixels import pil_pixels
+from reward_models import pil_pixels
 from transformers import CLIPModel, CLIPTokenizer
 
 import rewards
