@@ -1,407 +1,321 @@
-"""The paper's comparisons in worlds small enough to measure: `python toy/compare.py`.
+"""DGPO and its family, compared: `python -m lab.compare`.
 
-Every method of methods.py runs in one loop, on one network, with the same rewards and optimiser.
-In each world a search of the same size finds each method's setting, which then runs on fresh seeds,
-and only these are reported. Finished runs are kept in toy/results/<world>.json, so that a stopped
-comparison continues; --full computes what is missing and writes toy/results/README.md. Without
-flags, the settings that were chosen run again, on seeds that no search and no report has seen, and
-are shown beside what was reported, and what was to be expected of so few seeds: a minute.
+Every method of methods.py runs in one loop, with the same networks, rewards and optimizer. A search
+of the same size chooses each method's hyperparameters, which then run on fresh seeds; only these
+are reported. --full computes what lab/results does not have yet, and writes lab/results/README.md;
+stop it whenever you like, and call it again to go on. Without flags, the chosen settings run again
+on seeds that no search and no report has seen, beside what was reported: a minute or two.
 """
-
-# ruff: noqa: E402 (a wrong argument is answered before the libraries are loaded)
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import itertools
-import os
-import sys
-from collections.abc import Callable
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean as mean
+from types import ModuleType
+from typing import Any, Literal
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # also for `python -m` and links
-import cli
+from lab import figures, protocol, sweeps, tiny, worlds
+from lab.methods import METHODS, VARIANTS, Setting
+from lab.protocol import Computer, Results, Run, successes
+from sd35.run import replace_file, run_script
+from sd35.settings import UserError, parse
 
-MOST = ("DGPO", "DGPO with dials", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
+MOST = ("DGPO", "Bounded DGPO", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
 COMPARED = {"ring-2": (*MOST, "AWM", "GPO"), "blobs": MOST, "ring-32": MOST, "ring-128": MOST[:4]}
-MAIN = ("DGPO", "DGPO with dials", "Flow-GRPO")  # what sweeps are around, and the check is of
-EXPERIMENTS = ("family", "methods", "transfer", "artefacts", "dials", "extremes", "clip", "beta")
-EXPERIMENTS += ("groups", "variants", "noise")
-TITLE = "# The family, compared in small worlds"
+IN_2D, LARGER = tuple(COMPARED), ("ring-512",)
+MAIN = ("DGPO", "Bounded DGPO", "Flow-GRPO")  # what sweeps are around, and the check is of
+
+TINY = ("Bounded DGPO", "Flow-GRPO", "DGPO", "DiffusionNFT")
+COMPARED |= {
+    "words": TINY,
+    "words-2": (*TINY[:3], "Diffusion-DPO", *VARIANTS),
+    "shapes": (*TINY, "Diffusion-DPO", "DGPO, bounded pairs"),
+}
+SEARCHED_IN = {"words-2": "words"}  # another pretraining, with the settings chosen in the first
+EXPERIMENTS = ("methods", *sweeps.SWEEPS)
 
 
-@dataclasses.dataclass
+@dataclass
 class Arguments:
-    """Compares DGPO with its family in small worlds; see toy/results/README.md."""
+    """Compare DGPO with its family; see lab/results/README.md."""
 
-    full: bool = cli.option(
-        False,
-        "Search, report and sweep, in all worlds, and write the tables and figures: five hours on "
-        "two cores if nothing is kept. Without it, what was chosen runs again on other seeds.",
-    )
-    only: str | None = cli.option(
-        None, "With --full, one experiment and the searches it needs.", choices=EXPERIMENTS
-    )
-    table: bool = cli.option(
-        False, "With --full, compute nothing: the tables and figures of the kept results."
-    )
-    worlds: list[str] = cli.option(
-        ["ring-2", "blobs"], "Without --full, the worlds to run in.", choices=tuple(COMPARED)
-    )
-    methods: list[str] = cli.option(
-        list(MAIN),
-        "Without --full, the methods to run.",
-        choices=COMPARED["ring-2"],
-    )
-    seed: int = cli.option(
-        20, "Without --full, the first of the three seeds to run on.", at_least=0, at_most=2**31
-    )
-    out: str = cli.option(
-        str(Path(__file__).parent / "results"),
-        "The folder of the results, of the figures and of README.md.",
-        shown="toy/results",
-    )
+    # Search, report and sweep, and write the page: about five hours on two cores for the 2-D worlds
+    # if nothing is kept. What is finished is kept. Without it, the chosen settings run again.
+    full: bool = False
+    table: bool = False  # With --full: compute nothing, but write the page of what is kept.
+    only: Literal[EXPERIMENTS] | None = None  # With --full: compute for one experiment alone.
+    # Where to compute: ring-2, blobs, ring-32, ring-128; or, on a tiny SD3.5, words, words-2 and
+    # shapes, which need its pipeline. Default: ring-2 and blobs; with --full all 2-D worlds.
+    worlds: list[str] = field(default_factory=list)
+    # The methods to compute. Default: DGPO, Bounded DGPO and Flow-GRPO; with --full all.
+    methods: list[str] = field(default_factory=list)
+    seed: int = 20  # Without --full: the first of the three seeds.
+    results: str = "lab/results"  # The folder of what is kept, of the page and its figures.
+    out: str = "lab/out"  # The folder of single finished runs, so that a stopped search goes on.
+
+    def __post_init__(self) -> None:
+        for flag, known in (("worlds", [*COMPARED, *LARGER]), ("methods", [*METHODS, *VARIANTS])):
+            for name in getattr(self, flag):
+                if name not in known:
+                    raise UserError(f"--{flag}: there is no {name}, only {', '.join(known)}")
+        if (self.table or self.only) and not self.full:
+            raise UserError("--table and --only go with --full")
 
 
-def parse_args(argv: list[str] | None = None) -> Arguments:
-    args = cli.parse(Arguments, sys.argv[1:] if argv is None else argv)
-    args.worlds, args.methods = (list(dict.fromkeys(x)) for x in (args.worlds, args.methods))
-    if not args.full and (args.only or args.table):
-        raise cli.Fault("arguments --only and --table: go with --full")
-    default = Arguments(out=args.out, full=args.full, only=args.only, table=args.table)
-    if args.full and args != default:
-        raise cli.Fault("arguments --worlds, --methods and --seed: go without --full")
-    page = cli.make_folder(args.out, "out") / "README.md"
-    if args.full and not args.only:
-        cli.check_own(page, TITLE, "out")
-    return args
-
-
-if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"  # no window, and whatever the environment asks for
-    cli.run("compare.py", parse_args)
-
-import figures
-import matplotlib.pyplot as plt
-import sweeps
-from kept import Missing, Results, changed_fields
-from methods import (
-    AT_LEAST,
-    BUDGET,
-    BUDGETS,
-    FOLLOWED,
-    RIGHT,
-    WAY,
-    Run,
-    Setting,
-)
-from search import AROUND, DRAWN, PENALTY, ROUNDS, RUNGS, Search, search
-
-FRESH_SEEDS = tuple(range(10))
-SWEEP_SEEDS = FRESH_SEEDS[:4]
-LARGE, LIKE = ("ring-128", "ring-512"), "ring-32"  # larger worlds take this one's settings
-
-
-class Section(NamedTuple):
-    """Of toy/results/README.md."""
-
-    title: str
-    text: str
-    picture: str | None = None
+def module_of(world: str) -> ModuleType:
+    """What has the world's `run`, `make`, `base_setting`, `origin`, PLAN, SPACE and SEEDS."""
+    return tiny if world in tiny.WORLDS else worlds
 
 
 class Comparison:
-    """The results, what was chosen from them, and the experiments, which give sections."""
+    """The results that are kept, and how they are computed."""
 
-    def __init__(self, results: Results, out: Path, draw: bool = True):
-        self.results, self.out, self.draw = results, out, draw
-        self.searches: dict[tuple[str, str], Search] = {}
-        self.missing: list[str] = []
+    def __init__(self, results: Results, computer: Computer):
+        self.results, self.computer = results, computer
 
-    def search(self, world: str, name: str) -> Search:
-        if (world, name) not in self.searches:
-            before = itertools.takewhile(lambda earlier: earlier != world, COMPARED)
-            elsewhere = [self.search(earlier, name).best for earlier in before]
-            if name == "DGPO with dials":
-                plain = self.search(world, "DGPO").best
-                elsewhere.append(dataclasses.replace(plain, bound=2.0, ema=plain.ema or 0.9))
-            self.searches[world, name] = search(self.results.runs, world, name, elsewhere)
-        return self.searches[world, name]
+    def jobs(self) -> list[tuple[str, str, str, str, Callable[[str, str], Any]]]:
+        """The entries of the results, in an order in which each may use those before it.
 
-    def chosen(self, world: str, names: tuple[str, ...] = MAIN) -> dict[str, Setting]:
-        return {name: self.search(world, name).best for name in names}
-
-    def reported(self, world: str, name: str) -> list[Run]:
-        """The runs of a method at its chosen setting, on the fresh seeds."""
-        chosen = self.chosen(world, (name,))
-        return self.changed(f"report, {name}", chosen, FRESH_SEEDS)[name]
-
-    def measured(self, make: Callable[[], Any], what: str) -> Any:
-        """What make() gives; None, and noted as missing, if it cannot without computing."""
-        try:
-            return make()
-        except Missing:
-            self.missing.append(what)
-            return None
-
-    def changed(
-        self,
-        title: str,
-        changes: dict[str, Setting],
-        seeds: tuple[int, ...],
-        share: float = 1.0,
-        followed: float = FOLLOWED,
-    ) -> dict[str, list[Run]]:
-        found = self.results.runs(title, list(changes.values()), seeds, share, followed)
-        return dict(zip(changes, found, strict=True))
-
-    def family(self) -> list[Section]:
-        if self.draw:
-            figures.plot_family(self.out / "family.png")
-        return [Section("The family", FAMILY, "family.png")]
-
-    def methods(self) -> list[Section]:
-        """Figs. 1 and 3: what it costs to arrive, how many settings do, and what is kept."""
-        found: dict[str, dict[str, list[Run]]] = {}
+        An entry is its experiment, world, kind and name, and what computes it of world and name.
+        """
+        jobs = []
         for world, names in COMPARED.items():
             for name in names:
-                make = functools.partial(self.reported, world, name)
-                runs = self.measured(make, f"{name} in {world}")
-                if runs:
-                    found.setdefault(world, {})[name] = runs
-        if not found:
-            return []
-        drawn = {
-            world: {name: self.search(world, name).drawn for name in by_method}
-            for world, by_method in found.items()
+                if name in METHODS and world not in SEARCHED_IN:
+                    jobs.append(("methods", world, "searches", name, self.search))
+                jobs.append(("methods", world, "reports", name, self.report))
+        for name, sweep in sweeps.SWEEPS.items():
+            jobs += [(name, world, "sweeps", name, self.sweep) for world in sweep.in_worlds]
+        return jobs
+
+    def searched(self, world: str, name: str) -> dict[str, Any]:
+        """The result of a search; for a variant, of the method whose setting it changes."""
+        of = VARIANTS.get(name, (name,))[0]
+        searches = self.results.of(SEARCHED_IN.get(world, world), "searches")
+        if of not in searches:
+            raise UserError(f"no search of {of} in {world} is finished; run --full first")
+        return searches[of]
+
+    def chosen(self, world: str, name: str) -> dict[str, Any]:
+        """What the search has chosen, where it is not the default, with a variant's change."""
+        change = VARIANTS.get(name, (name, {}))[1]
+        return {**self.searched(world, name)["best"], **change}
+
+    def setting(self, world: str, name: str) -> Setting:
+        method, base = VARIANTS.get(name, (name,))[0], module_of(world).base_setting(world)
+        return replace(base, method=method, **self.chosen(world, name))
+
+    def runs(
+        self, title: str, world: str, settings: list[Setting], seeds: tuple, share: float, *how: Any
+    ) -> list[list[Run]]:
+        """By setting and seed, for a share of the world's budget."""
+        module = module_of(world)
+        budget = share * module.make(world).budget
+        tasks = [(world, seed, setting, budget, *how) for setting in settings for seed in seeds]
+        stored = self.computer(title, world + module.origin(world), module.run, tasks)
+        runs = list(map(Run.load, stored))
+        return [runs[i : i + len(seeds)] for i in range(0, len(runs), len(seeds))]
+
+    def search(self, world: str, name: str) -> dict[str, Any]:
+        module, method = module_of(world), METHODS[name]
+        space = {key: module.SPACE.get(key, choices) for key, choices in method.space.items()}
+        space = {key: choices for key, choices in space.items() if choices}
+        base = replace(module.base_setting(world), method=name)
+        default = replace(base, **{k: v for k, v in method.defaults.items() if k in space})
+        # What was chosen before: in other worlds, and for plain DGPO.
+        before = IN_2D[: IN_2D.index(world)] if world in IN_2D else ()
+        others = [self.setting(other, name) for other in before if name in COMPARED[other]]
+        if name == "Bounded DGPO":
+            plain = self.setting(world, "DGPO")
+            others.append(replace(plain, method=name, bound=2.0, ema=plain.ema or 0.9))
+        runs_of, goal = partial(self.runs, f"search, {name}", world), module.make(world).goal
+        return protocol.search(runs_of, base, default, space, module.PLAN, goal, others)
+
+    def report(self, world: str, name: str) -> list[dict[str, Any]]:
+        """A method at its chosen setting, on seeds that no search has seen."""
+        settings, seeds = [self.setting(world, name)], module_of(world).SEEDS
+        (runs,) = self.runs(f"report, {name}", world, settings, seeds, 1.0)
+        return [run.stored() for run in runs]
+
+    def sweep(self, world: str, name: str) -> dict[str, list[dict[str, Any]]]:
+        """One thing changed at a time around the chosen settings, on four of the reports' seeds."""
+        sweep = sweeps.SWEEPS[name]
+        chosen = {name: self.setting(sweep.chosen_in or world, name) for name in MAIN}
+        changes, how = sweep.changes(chosen), (sweep.share, sweep.followed)
+        runs = self.runs(name, world, list(changes.values()), (0, 1, 2, 3), *how)
+        stored = [[run.stored(curve=False) for run in each] for each in runs]
+        return dict(zip(changes, stored, strict=True))
+
+    # Tables of what is kept
+
+    def reports(self, among: tuple[str, ...]) -> figures.Reports:
+        reports = {}
+        for world in among:
+            for name, stored in self.results.of(world, "reports").items():
+                reports.setdefault(world, {})[name] = list(map(Run.load, stored))
+        return reports
+
+    def tables(self) -> dict[str, str]:
+        """By their place in page.md."""
+        in_2d, on_tiny = self.reports(IN_2D), self.reports(tuple(tiny.WORLDS))
+        tables = {
+            "methods": table(METHODS_HEADER, self.method_rows(in_2d)),
+            "chosen": table(CHOSEN_HEADER, self.chosen_rows(in_2d)),
+            "tiny": table(TINY_HEADER, self.tiny_rows(on_tiny)),
+            "tiny chosen": table(CHOSEN_HEADER, self.chosen_rows(on_tiny)),
         }
-        rows, chosen = [], []
-        for world, by_method in found.items():
-            for name, runs in by_method.items():
-                about, first = self.search(world, name), drawn[world][name]
-                arrive = sum(run.arrived is not None for run in first)
-                ratio = figures.ratio_cell(by_method["DGPO"], runs) if "DGPO" in by_method else "-"
-                row = [world, name, *figures.run_row(world, runs), ratio]
-                rows.append([*row, f"{arrive} of {len(first)}", f"{about.spent / 1e6:.0f}"])
-                fields = changed_fields(about.best)
-                shown = [f"{k} {v:g}" for k, v in fields.items() if k not in ("world", "method")]
-                notes = ["; ".join(about.widened), ", ".join(about.edges)]
-                chosen.append([world, name, ", ".join(shown), *(note or "-" for note in notes)])
-        if self.draw:
-            figures.plot_speed(self.out / "speed.png", found)
-            figures.plot_cost(self.out / "cost.png", found)
-            figures.plot_search(self.out / "search.png", drawn)
-        header = ["world", "method", *figures.RUN_HEADER, "cost, over DGPO"]
-        header += ["drawn settings that arrive", "search, millions of forwards"]
-        wide = ["world", "method", "chosen, where it is not the default", "widened", "at an edge"]
-        return [
-            Section("The methods, each at its best", figures.table(header, rows), "cost.png"),
-            Section("On the way", ON_THE_WAY, "speed.png"),
-            Section("What the searches tried", SEARCHED, "search.png"),
-            Section("What they chose", figures.table(wide, chosen)),
-        ]
+        for name, sweep in sweeps.SWEEPS.items():
+            rows = [
+                [world, changed, *run_cells(world, list(map(Run.load, stored)))]
+                for world in sweep.in_worlds
+                for changed, stored in self.results.of(world, "sweeps").get(name, {}).items()
+            ]
+            tables[name] = table(["world", "changed", *RUN_HEADER], rows)
+        return tables
 
-    def transfer(self) -> list[Section]:
+    def draw(self) -> None:
+        folder, in_2d = self.results.folder, self.reports(IN_2D)
+        goals = {world: module_of(world).make(world).goal for world in COMPARED}
+        figures.plot_family(folder / "family.png")
+        if in_2d:
+            figures.plot_curves(folder / "curves.png", in_2d, goals)
+        if on_tiny := self.reports(tuple(tiny.WORLDS)):
+            figures.plot_curves(folder / "tiny.png", on_tiny, goals)
+
+    def method_rows(self, reports: figures.Reports) -> list[list[str]]:
         rows = []
-        for world in LARGE:
-            chosen = self.chosen(LIKE).items()
-            changes = {name: dataclasses.replace(one, world=world) for name, one in chosen}
-            found = self.changed("transfer", changes, SWEEP_SEEDS)
-            rows += [[world, name, *figures.run_row(world, runs)] for name, runs in found.items()]
-        text = figures.table(["world", "method", *figures.RUN_HEADER], rows)
-        return [Section(f"In more dimensions, at the settings chosen in {LIKE}", text)]
+        for world, name, runs, by_method in each(reports):
+            search = self.searched(world, name)
+            ratio = protocol.ratio(by_method["DGPO"], runs) if "DGPO" in by_method else None
+            shown = "{:.1f} [{:.1f}, {:.1f}]".format(*ratio) if ratio else "-"
+            works, spent = "{} of {}".format(*search["works"]), f"{search['spent'] / 1e6:.0f}"
+            rows.append([world, name, *run_cells(world, runs), shown, works, spent])
+        return rows
 
-    def changes_of(self, name: str, world: str) -> dict[str, list[Run]]:
-        changes, _, _, share, followed = sweeps.SWEEPS[name]
-        return self.changed(name, changes(self.chosen(world)), SWEEP_SEEDS, share, followed)
-
-    def sweep(self, name: str) -> list[Section]:
-        _, worlds, text, _, _ = sweeps.SWEEPS[name]
-        found = {}
-        for world in worlds:
-            make = functools.partial(self.changes_of, name, world)
-            of_world = self.measured(make, f"the sweep {name} in {world}")
-            found |= {world: of_world} if of_world else {}
-        if not found:
-            return []
-        rows = [
-            [world, change, *figures.run_row(world, runs)]
-            for world, by_name in found.items()
-            for change, runs in by_name.items()
-        ]
-        if self.draw and name == "extremes":
-            figures.plot_extremes(self.out / f"{name}.png", found, sweeps.CURVES)
-        elif self.draw:
-            figures.plot_sweep(self.out / f"{name}.png", found)
-        shown = figures.table(["world", "changed", *figures.RUN_HEADER], rows)
-        return [Section(f"Sweep: {name}", f"{text}\n\n{shown}", f"{name}.png")]
-
-    def artefacts(self) -> list[Section]:
+    def chosen_rows(self, reports: figures.Reports) -> list[list[str]]:
         rows = []
-        for world in ("ring-2", "ring-32", "blobs"):
-            (found,) = self.results.run("artefacts", world, [(sweeps.artefacts, 0, world)])
-            each = found["rollouts"]
-            rows.append([world, *(f"{one['right']:.2f}, {one['distance']:.2f}" for one in each)])
-        header = ["world", *(f"{steps} steps: right, distance" for steps in sweeps.STEPS)]
-        return [Section("The reference's rollouts", figures.table(header, rows))]
+        for world, name, _, _ in each(reports):
+            chosen = ", ".join(f"{k} {v}" for k, v in self.chosen(world, name).items())
+            search = self.searched(world, name)
+            notes = [", ".join(search[key]) or "-" for key in ("widened", "edges")]
+            rows.append([world, name, chosen, *notes])
+        return rows
 
-    def noise(self) -> list[Section]:
-        """Variance ratios over G, t and world, and each gradient's signal-to-noise ratio."""
-        found, rows, signals = {}, [], []
-        for world in ("ring-2", "blobs"):
-            tasks = [(sweeps.sharing, 0, world, G) for G in sweeps.GROUPS]
-            measured = self.results.run("noise", world, tasks)
-            found[world] = dict(zip(sweeps.GROUPS, measured, strict=True))
-            for G, cell in found[world].items():
-                columns = [f"{one['gap']:.2f}, {one['gradient']:.2f}" for one in cell["ratios"]]
-                rows.append([world, str(G), *columns])
-            settings = sweeps.signals(world)
-            for iterations in (0, 100):
-                tasks = [(sweeps.signal, 0, setting, iterations) for setting in settings.values()]
-                cells = self.results.run("signal", world, tasks)
-                columns = [f"{cell['signal']:.3g}" for cell in cells]
-                signals.append([world, str(iterations), *columns])
-        if self.draw:
-            figures.plot_noise(self.out / "noise.png", found)
-        times = [f"t = {t}: gap, gradient" for t in sweeps.TIMES]
-        header = ["world", "iterations of DGPO", *settings]
-        text = f"{SHARING}\n\n{figures.table(['world', 'G', *times], rows)}\n\n{SIGNAL}\n\n"
-        return [Section("Noise", text + figures.table(header, signals), "noise.png")]
+    def tiny_rows(self, reports: figures.Reports) -> list[list[str]]:
+        rows = []
+        for world, name, runs, by_method in each(reports):
+            goal, search = tiny.make(world).near, self.searched(world, name)
+            near = {
+                other: [replace(run, reached=goal.cost_to_reach(run)) for run in by_method[other]]
+                for other in by_method
+            }
+            tried = [str(search["tried"]), "{} of {}".format(*search["works"])]
+            tried = [f"as {VARIANTS[name][0]}", "-"] if name in VARIANTS else tried
+            cells = [*cost_cells(runs), tiny_ratio(name, by_method)]
+            cells += [*cost_cells(near[name]), tiny_ratio(name, near)]
+            mark = "" if successes(runs) == len(runs) else "> "
+            cells.append(f"{mark}{mean(run.at(run.cost).seconds for run in runs):.0f}")
+            cells.append(f"{mean(run.end.reward for run in runs):.3f}")
+            base, end = runs[0].evaluations[0].quality, mean(run.end.quality for run in runs)
+            rows.append([world, name, *tried, *cells, f"{base:.4f}, {end:.4f}"])
+        return rows
 
-    def sections(self, name: str) -> list[Section]:
-        """An experiment by its name. What is missing where nothing is computed is noted."""
-        make = (lambda: self.sweep(name)) if name in sweeps.SWEEPS else getattr(self, name)
-        return self.measured(make, f"the experiment {name}") or []
+    def check(self, world: str, names: list[str], seed: int) -> str:
+        """The chosen settings on three other seeds, beside what was reported. Nothing is kept."""
+        reports = self.reports((world,)).get(world, {})
+        names = [name for name in reports if name in names]
+        settings, seeds = [self.setting(world, name) for name in names], (seed, seed + 1, seed + 2)
+        rows = []
+        for name, now in zip(names, self.runs("", world, settings, seeds, 1.0), strict=True):
+            for when, runs in (("reported", reports[name]), ("now", now)):
+                cells = run_cells(world, runs) if world in IN_2D else cost_cells(runs)
+                rows.append([world, name, when, *cells])
+        return table(["world", "method", "runs", *RUN_HEADER], rows)
 
-    def check(self, names: list[str], worlds: list[str], seeds: tuple[int, ...]) -> str:
-        """The chosen settings on other seeds, beside what was reported. Nothing is kept."""
-        rows, again = [], Results(self.results.folder, keep=False)
-        for world in worlds:
-            here = tuple(
-                name
-                for name in COMPARED[world]
-                if name in names
-                and self.measured(functools.partial(self.reported, world, name), "")
-            )
-            if not here:
-                raise Missing(
-                    f"none of these methods was searched for in {world}; run --full first"
-                )
-            found = again.runs("check", list(self.chosen(world, here).values()), seeds)
-            for name, runs in zip(here, found, strict=True):
-                both = self.reported(world, name), runs
-                before, now = (figures.run_row(world, each)[:3] for each in both)
-                rows.append([world, name, *before, figures.foreseen(both[0], len(seeds)), *now])
-        again.pool.shutdown()
-        what = ["arrived", "cost, thousands", "right"]
-        header = [f"{each}, reported" for each in what]
-        header += [f"to be expected of {len(seeds)} seeds", *(f"{each}, now" for each in what)]
-        return figures.table(["world", "method", *header], rows)
+
+RUN_HEADER = ["success", "cost, thousands of forwards", "quality", "spread", "progress"]
+METHODS_HEADER = ["world", "method", *RUN_HEADER, "cost, over DGPO's"]
+METHODS_HEADER += ["random settings that succeed", "search, millions of forwards"]
+CHOSEN_HEADER = ["world", "method", "chosen, where it is not the default", "widened", "at an edge"]
+TINY_HEADER = ["world", "method", "settings tried", "that work", *RUN_HEADER[:2], "ratio"]
+TINY_HEADER += ["near: success", "near: cost", "near: ratio", "CPU seconds"]
+TINY_HEADER += ["accuracy at the end", "quality: base, end"]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else "Not measured yet."
+
+
+def each(reports: figures.Reports) -> Iterator[tuple[str, str, list[Run], figures.ByMethod]]:
+    for world, by_method in reports.items():
+        yield from ((world, name, runs, by_method) for name, runs in by_method.items())
+
+
+def run_cells(world: str, runs: list[Run]) -> list[str]:
+    """Under RUN_HEADER. Quality, spread and progress are those at the end, of all runs."""
+    middle, low, high = (cost / 1000 for cost in protocol.interval([run.cost for run in runs]))
+    cost = f"{middle:.0f} [{low:.0f}, {high:.0f}]" if successes(runs) else "-"
+    goal = module_of(world).make(world).goal
+    ends = [(run.end.quality, run.end.spread, goal.progress_of(run)) for run in runs]
+    means = map(mean, zip(*ends, strict=True))
+    shown = (f"{value:.2f}" if abs(value) < 1e3 else "diverged" for value in means)
+    return [f"{successes(runs)} of {len(runs)}", cost, *shown]
+
+
+def cost_cells(runs: list[Run]) -> list[str]:
+    """Of a few seeds: the mean cost, the least and the most; a lower bound if a run fails."""
+    costs, mark = [run.cost / 1000 for run in runs], "" if successes(runs) == len(runs) else "> "
+    shown = f"{mark}{mean(costs):.0f} ({min(costs):.0f} to {max(costs):.0f})"
+    return [f"{successes(runs)} of {len(runs)}", shown]
+
+
+def tiny_ratio(name: str, by_method: figures.ByMethod) -> str:
+    """The cost over that of Bounded DGPO."""
+    spacing = tiny.GRID[1] / tiny.GRID[0]
+    compared = by_method["Bounded DGPO"], by_method[name]
+    return "1" if name == "Bounded DGPO" else protocol.ratio_of_few(*compared, spacing)
+
+
+def page(tables: dict[str, str], missing: list[str]) -> str:
+    """lab/results/README.md: the words of page.md, with the tables in their places."""
+    text = (Path(__file__).parent / "page.md").read_text("utf-8")
+    tables = {**tables, "missing": ", ".join(missing) or "nothing"}
+    return re.sub("{{(.+?)}}", lambda place: tables[place[1]], text)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    out = Path(args.out)
-    plt.switch_backend("agg")
-    comparison = Comparison(Results(out, compute=args.full and not args.table), out)
+    args = parse(Arguments, argv)
+    results = Results(Path(args.results))
     if not args.full:
-        print(
-            comparison.check(args.methods, args.worlds, (args.seed, args.seed + 1, args.seed + 2))
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            comparison = Comparison(results, Computer(Path(folder)))
+            for world in args.worlds or ("ring-2", "blobs"):
+                print(comparison.check(world, args.methods or list(MAIN), args.seed), flush=True)
         return
-    sections = []
-    for name in [args.only] if args.only else EXPERIMENTS:
-        found = comparison.sections(name)
-        for title, text, _ in found:
-            print(f"\n## {title}\n\n{text}", flush=True)
-        sections += found
-    comparison.results.pool.shutdown()
-    if not args.only:
-        text = page(sections, comparison.missing)
-        cli.replace_file(out / "README.md", lambda path: path.write_text(text, "utf-8"))
 
-
-# The words of toy/results/README.md.
-
-INTRODUCTION = f"""{TITLE}
-
-Written by `python toy/compare.py --full --table` from the runs kept beside this file; do not edit.
-
-- **Worlds** ([worlds.py](../worlds.py)): ring-D is toy/flow2d.py's ring of eight Gaussians in a
-  plane of R^D; blobs are pictures of 8 x 8 pixels with a reward that can be hacked, the brightness
-  of a quadrant.
-- **Methods** ([methods.py](../methods.py)): all train one network in one loop, on groups of 24.
-  "DGPO with dials" is DGPO with what is beyond its paper: it trains on the `samples` = m extremes
-  of a group, and its bad samples are bounded. Learning rate, KL, theta_old, average, prompts, steps
-  and updates are open to all, the extremes to all but DGPO and Diffusion-DPO, a clip to Flow-GRPO.
-- **Cost** is counted in forwards of one sample; a backward counts two.
-- **Arrived**: a run is there with {WAY:.0%} of the way from the base reward to the best data's and
-  {RIGHT:.0%} of its samples right, which an independent judge says. It has arrived at the first
-  cost from which on it is there in nine of ten evaluations, and in the last. It is followed to
-  {FOLLOWED:g} times that cost, and at least to {AT_LEAST:.0%} of the budget, unless the budget of
-  {BUDGET:,} forwards ({BUDGETS["ring-128"]:,} in ring-128 and ring-512) ends before; then it must
-  have been there for a sixth of the run.
-- **Cost to arrive** is the restricted mean: the mean over seeds, a run that does not arrive
-  counting as the whole budget. In brackets: its 95 % interval, an expanded percentile
-  bootstrap over seeds (Hesterberg, arXiv:1411.5279), which for four seeds is their range.
-- **Search** ([search.py](../search.py)), alike for every method: the default of this repository's
-  scripts, the same with cheaper steps, what an earlier version of this comparison chose, what was
-  chosen in the worlds before (for DGPO with dials, also what plain DGPO chose in this world, with a
-  bound of 2), {DRAWN} settings drawn at random and {AROUND} around the best in each
-  of {ROUNDS - 1} more rounds, halved by the mean cost, a failure counting as {PENALTY} budgets. The
-  last rung has {RUNGS[-1][0]} seeds and the budget of a report. A range in whose outer tenth the
-  best lies is widened and searched again, as the table says.
-- **Report**: seeds 0 to 9, which no search has seen. Sweeps: seeds 0 to 3, and half of the budget,
-  which a failure then counts as; that of beta has all of it.
-
-The same family in the trainer itself, on SD3.5's own classes: [sd35.md](sd35.md)."""
-
-FAMILY = """What becomes of one sample as v moves away from v_old, by the functions that train.
-With e = v_old - v* and d = v - v_old, the loss is, up to a constant,
-
-| method | loss of a sample with advantage A | bad sample, A < 0 |
-| --- | --- | --- |
-| AWM | 2 A e.d + A d^2 | concave, falls without end |
-| DGPO | the same, in one gate for its group | falls by at most 2 log(2) / beta, then is let go |
-| Diffusion-DPO, GPO | the same, in a gate for each pair | the same |
-| DGPO, bounded by 2 | 2 A e.d + \\|A\\| d^2, in DGPO's gate | convex, its target is 2 v_old - v* |
-| DiffusionNFT | 2 A e.d + 5 b d^2, divided by an error | convex, its target is finite |
-| Flow-GRPO | -A p_theta / p_old of a sampler's step | falls to 0, then is let go |"""
-
-ON_THE_WAY = "The median over seeds; shaded are the quartiles. Dashed: where a run counts as there."
-
-SEARCHED = (
-    "All settings that were drawn at random, after two fifths of the budget on one seed. Up and to "
-    "the right of the dashed lines a run is there."
-)
-
-NOT_MEASURED = "`python toy/compare.py --full` goes on with:"
-
-SHARING = (
-    "Variance over eps with one eps for a group, over that with an eps for each sample: of the gap "
-    "and of its gradient, for fixed samples of a model after 30 iterations. Above 1, sharing hurts."
-)
-
-SIGNAL = (
-    "Signal-to-noise ratio of the gradient of an iteration, for every million forwards: the square "
-    "of its mean over its variance, without bias from 64 draws: where there is hardly a signal, it "
-    "may come out below 0."
-)
-
-
-def page(sections: list[Section], missing: list[str]) -> str:
-    """toy/results/README.md."""
-    parts = [INTRODUCTION]
-    for title, text, picture in sections:
-        parts.append(f"## {title}")
-        parts += [f"![{title}]({picture})"] if picture else []
-        parts.append(text)
-    if missing:
-        parts += ["## Not measured yet", f"{NOT_MEASURED} {', '.join(missing)}."]
-    return "\n\n".join(parts) + "\n"
+    comparison, missing = Comparison(results, Computer(Path(args.out))), []
+    for experiment, world, kind, name, make in comparison.jobs():
+        if name in results.of(world, kind):
+            continue
+        wanted = not args.table and args.only in (None, experiment)
+        wanted &= world in (args.worlds or (*IN_2D, *LARGER))
+        if wanted and (not args.methods or name in args.methods):
+            origin = module_of(world).origin(world)
+            results.check_origin(world, origin)
+            results.put(world, kind, name, make(world, name), origin)
+        else:
+            missing.append(f"{name} in {world} ({kind})")
+    comparison.draw()
+    tables = comparison.tables()
+    replace_file(results.folder / "README.md", lambda path: path.write_text(page(tables, missing)))
+    print("\n\n".join([tables[args.only]] if args.only else tables.values()))
 
 
 if __name__ == "__main__":
-    cli.run("compare.py", main)
+    run_script(main)

@@ -39,7 +39,7 @@ from sd35 import gradient
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A method and its hyperparameters. The defaults are toy/run_2d.py's, where it has them."""
+    """A method and its hyperparameters, by the trainer's names; defaults as in toy/run_2d.py."""
 
     method: str = "DGPO"  # a key of METHODS
     learning_rate: float = 1.5e-3
@@ -50,28 +50,18 @@ class Setting:
     t_min: float = 0.2
     ema: float | None = None  # decay of theta_old; None means theta_old = theta
     group_size: int = 24
-    samples: int | None = None  # m: train on the m/2 worst and the m/2 best of each group
-    prompts: int = 16
-    timesteps: int = 2  # at which each group is trained
-    rollout_steps: int = 10
-    updates: int = 1  # optimizer steps for each rollout
+    train_samples: int | None = None  # m: train on the m/2 worst and the m/2 best of each group
+    prompts_per_step: int = 16
+    train_timesteps: int = 2  # at which each group is trained
+    num_inference_steps: int = 10  # of a rollout
+    updates_per_rollout: int = 1  # optimizer steps for each rollout
     bound: float = 0.0  # DGPO's
     anchor: str = "theta_old"  # what the bound refers to, or "reference"
     clip: float | None = None
     sde_noise: float = 0.0  # the a of the SDE that samples; 0 samples by the ODE
-    trained_share: float = (
-        1.0  # Flow-GRPO: the share of the sampler's steps to train, noisiest first
-    )
+    trained_share: float = 1.0  # Flow-GRPO: of the sampler's steps, the noisiest
     shared_noise: bool = True
     offline: bool = False
-
-
-class Networks(NamedTuple):
-    """Functions (x_t (B, ...), t (B,), p (B,)) -> v."""
-
-    theta: dgpo.Velocity
-    reference: dgpo.Velocity
-    old: dgpo.Velocity  # theta_old
 
 
 class Batch(NamedTuple):
@@ -151,7 +141,7 @@ def gpo(batch: Batch, setting: Setting) -> Tensor:
 
 
 def backward(
-    networks: Networks,
+    networks: tuple,
     setting: Setting,
     x0: Tensor,
     eps: Tensor,
@@ -162,33 +152,25 @@ def backward(
 ) -> None:
     """Add the gradient of share * (the method's loss + its KL) to .grad: all but Flow-GRPO.
 
-    x0 (P, G, ...), eps (P, 1 or G, ...), t (P, 1): as in `dgpo.diffuse`. For K timesteps, repeat
-    the groups in K * P rows. rewards, advantages: (P, G).
+    networks: theta, the reference and theta_old. x0 (P, G, ...), eps (P, 1 or G, ...), t (P, 1): as
+    in `dgpo.diffuse`, with K * P rows for K timesteps. rewards, advantages: (P, G).
     """
     method, (P, G) = METHODS[setting.method], rewards.shape
-    old = networks.old if setting.anchor == "theta_old" else networks.reference
+    theta, reference, old = networks
+    if setting.anchor == "reference":
+        old = reference
     if method.loss is None:
-        gradient.backward_group_loss(
-            networks.theta,
-            networks.reference,
-            x0,
-            eps,
-            t,
-            advantages,
-            setting.beta,
-            share=share,
-            kl=setting.kl,
-            clip=setting.clip,
-            bound=setting.bound,
-            velocity_old=old,
-        )
+        beyond = {"kl": setting.kl, "clip": setting.clip, "bound": setting.bound}
+        beyond |= {"velocity_old": old, "share": share}
+        group = x0, eps, t, advantages
+        gradient.backward_group_loss(theta, reference, *group, setting.beta, **beyond)
         return
 
     x_t, rows = dgpo.diffuse(x0, eps, t).flatten(0, 1), torch.arange(P).repeat_interleave(G)
     inputs = x_t, t.expand(P, G).flatten(), rows
-    v = networks.theta(*inputs).view_as(x0)
+    v = theta(*inputs).view_as(x0)
     with torch.no_grad():
-        v_ref = networks.reference(*inputs).view_as(x0)
+        v_ref = reference(*inputs).view_as(x0)
         v_old = old(*inputs).view_as(x0) if method.needs_old else v_ref
     loss = method.loss(Batch(v, v_ref, v_old, eps - x0, t, rewards, advantages), setting)
     (share * (loss + setting.kl * dgpo.mean_square(v, v_ref).mean())).backward()
@@ -252,7 +234,7 @@ def flow_grpo_loss(
 
 
 def backward_flow_grpo(
-    networks: Networks,
+    networks: tuple,
     setting: Setting,
     trajectory: Tensor,
     times: Tensor,
@@ -272,15 +254,16 @@ def backward_flow_grpo(
     t, s = (part.view(-1, *[1] * (x.ndim - 1)) for part in (t, s))
     rows = torch.arange(K * P).repeat_interleave(G)
 
-    def policy(network: dgpo.Velocity) -> tuple[Tensor, Tensor]:
+    def policy(network: gradient.Velocity) -> tuple[Tensor, Tensor]:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return network(x.flatten(0, 1), t.flatten().repeat_interleave(G), rows).view_as(x)
 
         return sde_step(velocity, x, t, s, setting.sde_noise)
 
-    mean, std = policy(networks.theta)
+    theta, reference, _ = networks
+    mean, std = policy(theta)
     with torch.no_grad():
-        mean_ref, _ = policy(networks.reference)
+        mean_ref, _ = policy(reference)
     log_prob = gaussian_log_prob(x_next, mean, std)
     if log_prob_old is None:
         log_prob_old = log_prob.detach()
@@ -299,12 +282,12 @@ COMMON: dict[str, Range | tuple] = {  # what a search may choose; the units of t
     "average": (None, 0.9, 0.97),
     "kl": Range(1e-3, 0.3),
     "ema": (None, 0.5, 0.8, 0.9, 0.95),
-    "prompts": (4, 8, 16),
-    "rollout_steps": (3, 5, 10),
-    "updates": (1, 2, 4),
+    "prompts_per_step": (4, 8, 16),
+    "num_inference_steps": (3, 5, 10),
+    "updates_per_rollout": (1, 2, 4),
 }
-DENOISING = {**COMMON, "t_min": Range(0, 0.6), "timesteps": (1, 2, 4)}
-EXTREMES = {"samples": (2, 4, 8, None)}
+DENOISING = {**COMMON, "t_min": Range(0, 0.6), "train_timesteps": (1, 2, 4)}
+EXTREMES = {"train_samples": (2, 4, 8, None)}
 LAGGING = {"ema": (0.5, 0.7, 0.8, 0.9, 0.95)}
 BETA = {"beta": Range(0.1, 100)}
 SDE = {"sde_noise": Range(0.3, 1.2), "trained_share": (0.5, 1.0), "clip": (0.05, 0.2, 1.0)}
@@ -313,7 +296,7 @@ SDE = {"sde_noise": Range(0.3, 1.2), "trained_share": (0.5, 1.0), "clip": (0.05,
 class Method(NamedTuple):
     """A row of the table below."""
 
-    loss: Callable[[Batch, Setting], Tensor] | None  # None: DGPO's, by sd35/gradient.py
+    loss: Callable[..., Tensor] | None  # of a Batch and a Setting; None: DGPO's, see `backward`
     space: dict[str, Range | tuple]  # what a search may choose
     defaults: dict[str, Any] = {}  # where a search starts, if not at the defaults of Setting
     needs_old: bool = False  # the loss uses theta_old's velocity
@@ -325,11 +308,11 @@ METHODS = {
     "Bounded DGPO": Method(
         None,
         DENOISING | BETA | EXTREMES | LAGGING | {"bound": (1.0, 2.0, 4.0)},
-        {"bound": 2.0, "ema": 0.9, "samples": 4},
+        {"bound": 2.0, "ema": 0.9, "train_samples": 4},
     ),
-    "Flow-GRPO": Method(
-        None, COMMON | EXTREMES | SDE, {"sde_noise": 0.7, "clip": 0.2, "kl": 0.01}
-    ),  # trains on trajectories, by `backward_flow_grpo`
+    "Flow-GRPO": Method(  # whose loss is of trajectories, see `backward_flow_grpo`
+        flow_grpo_loss, COMMON | EXTREMES | SDE, {"sde_noise": 0.7, "clip": 0.2, "kl": 0.01}
+    ),
     "DiffusionNFT": Method(
         nft,
         DENOISING | EXTREMES | LAGGING | {"beta": Range(0.1, 10)},
@@ -343,14 +326,18 @@ METHODS = {
 }
 
 
+# On the tiny SD3.5, there are variants, too: what was chosen for a method, with a change.
+VARIANTS = {
+    "DGPO, bounded pairs": ("Diffusion-DPO", {"bound": 1.0}),
+    "DGPO offline": ("DGPO", {"offline": True}),
+    "DGPO, SDE rollouts": ("DGPO", {"sde_noise": 0.7}),
+    "DGPO, t_min 0": ("DGPO", {"t_min": 0.0}),
+}
+
+
 def trained_samples(setting: Setting) -> int:
     """m: how many samples of each group are trained on."""
-    return 2 if METHODS[setting.method].pairs else setting.samples or setting.group_size
-
-
-def trained_steps(setting: Setting, steps: int) -> int:
-    """Flow-GRPO's K: how many of the sampler's steps are trained."""
-    return math.ceil(setting.trained_share * steps)
+    return 2 if METHODS[setting.method].pairs else setting.train_samples or setting.group_size
 
 
 def step_cost(setting: Setting, times: int) -> int:
@@ -359,10 +346,11 @@ def step_cost(setting: Setting, times: int) -> int:
     times: at how many timesteps, or steps of a trajectory, each sample is trained. Each costs 4: a
     forward, a backward (which counts 2) and the reference's forward; or 5 with theta_old's.
     """
-    P, method = setting.prompts, METHODS[setting.method]
-    clipped_or_bound = setting.clip is not None or setting.bound > 0
-    needs_old = setting.anchor == "theta_old" and setting.method != "Flow-GRPO"
-    needs_old &= method.needs_old or (method.loss is None and clipped_or_bound)
-    trained = P * trained_samples(setting) * times
-    rollout = setting.rollout_steps * P * setting.group_size
-    return rollout + setting.updates * (4 + needs_old) * trained
+    method, P = METHODS[setting.method], setting.prompts_per_step
+    beyond = method.loss is None and (setting.clip is not None or setting.bound > 0)
+    needs_old = (method.needs_old or beyond) and setting.anchor == "theta_old"
+    rollout = setting.num_inference_steps * P * setting.group_size
+    return (
+        rollout
+        + setting.updates_per_rollout * (4 + needs_old) * P * trained_samples(setting) * times
+    )

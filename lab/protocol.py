@@ -7,17 +7,15 @@ Results: what is kept. Intervals: how certain a number is.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
-import os
 import random
 import signal
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.pool import Pool
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -27,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd35.run import replace_file
+from sd35.settings import UserError
 
 # Runs
 
@@ -41,27 +40,26 @@ class Evaluation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """When an evaluation meets the goal of a world, and for how long a run must hold it."""
+    """When an evaluation meets a world's goal, and for how long a run must hold it."""
 
     best: float  # the reward that counts as a progress of 1; a run's first evaluation has 0
     progress: float = 1.0
     quality: float = -math.inf
-    hold: float = 1.2  # a run must go on until this many times the cost at which it got there ...
-    held: float = 0.9  # ... and meet the goal in this share of the evaluations, and in the last
+    hold: float = 1.2  # a run must go on until this many times the cost at which it first met it
 
     def progress_of(self, run: Run, evaluation: Evaluation | None = None) -> float:
         base = run.evaluations[0].reward
         return ((evaluation or run.end).reward - base) / (self.best - base)
 
     def cost_to_reach(self, run: Run) -> float | None:
-        """The cost from which on a run meets the goal and holds it; None if it does not."""
+        """The cost from which on the goal is met in nine of ten evaluations, and in the last."""
         met = [
             self.progress_of(run, e) >= self.progress
             and (e.quality is None or e.quality >= self.quality)
             for e in run.evaluations
         ]
         for k, evaluation in enumerate(run.evaluations):
-            holds = met[k] and met[-1] and sum(met[k:]) >= self.held * len(met[k:])
+            holds = met[k] and met[-1] and sum(met[k:]) >= 0.9 * len(met[k:])
             if holds and run.end.cost >= self.hold * evaluation.cost:
                 return evaluation.cost
         return None
@@ -95,6 +93,39 @@ class Run:
     @classmethod
     def load(cls, stored: dict[str, Any]) -> Run:
         return cls(**stored | {"evaluations": [Evaluation(*row) for row in stored["evaluations"]]})
+
+
+class Diverged(Exception):
+    """Samples, rewards or a gradient are no longer finite."""
+
+
+def follow(
+    costs: Iterator[int],
+    goal: Goal,
+    budget: float,
+    evaluate: Callable,
+    due: Callable,
+    end: Callable,
+) -> Run:
+    """A training run, evaluated on the way. One that diverges ends there, and fails.
+
+    costs: yields 0, and after each step of the training what it has cost so far. evaluate: cost ->
+    Evaluation. due: cost -> the cost at which the next evaluation is due. end: Run -> the cost at
+    which it ends, if the budget does not end before.
+    """
+    run, next_due = Run(budget, []), 0.0
+    try:
+        for cost in costs:
+            if cost < min(next_due, budget):
+                continue
+            run.evaluations.append(evaluate(cost))
+            run.reached = goal.cost_to_reach(run)
+            next_due = due(cost)
+            if cost >= min(end(run), budget):
+                break
+    except Diverged:
+        run.reached = None
+    return run
 
 
 # The search of a method's hyperparameters
@@ -155,19 +186,6 @@ class Plan:
     works: float | None = None  # the progress at which a setting works; None: it must succeed
 
 
-@dataclasses.dataclass
-class Search:
-    """The result of a search. Settings are what differs from the defaults."""
-
-    best: dict[str, Any]
-    tried: int  # settings
-    works: tuple[int, int]  # how many settings work in the first rung, and of how many
-    ends: list[tuple[float, float]]  # progress and quality of these, in the end of that rung
-    spent: float  # in forwards
-    widened: list[str]  # the ranges that were widened, in words
-    edges: list[str]  # hyperparameters of the best that are still at an edge
-
-
 def drawn(default: Any, space: Space, n: int) -> list[Any]:
     """n random settings: each hyperparameter's range is cut in n parts, and each is met once.
 
@@ -218,24 +236,19 @@ def score(goal: Goal, runs: list[Run]) -> tuple[float, float]:
     return sum(costs) / len(runs), sum(missing) / len(runs)
 
 
-# settings, seeds, share of the budget -> the runs, by setting and seed
-RunsOf = Callable[[list[Any], tuple[int, ...], float], list[list[Run]]]
-
-
 def search(
-    runs_of: RunsOf,
-    base: Any,
-    default: Any,
-    space: Space,
-    plan: Plan,
-    goal: Goal,
-    others: list[Any],
-) -> Search:
+    runs_of: Callable, base: Any, default: Any, space: Space, plan: Plan, goal: Goal, others: list
+) -> dict[str, Any]:
     """Successive halving of random settings, then of settings around the best, round by round.
 
-    base: the defaults of all methods, from which Search.best is what differs. default: those of
-    this method, which reach the last rung of every round. others: what was chosen elsewhere, to be
-    tried here, too. A range in whose outer tenth the best lies is widened before the next round.
+    runs_of: (settings, seeds, share of the budget) -> runs by setting and seed. base: the defaults
+    of all methods. default: those of this method, which reach the last rung of every round. others:
+    what was chosen elsewhere, to be tried here, too. A range in whose outer tenth the best lies is
+    widened before the next round.
+
+    Returns as JSON: best, the fields in which the best setting differs from base; tried, the number
+    of settings; works, how many random settings work in the first rung, and of how many; spent, in
+    forwards; widened, the ranges that were, in words; edges, the fields of the best still at one.
     """
     space, widened, spent, finalists = dict(space), [], {}, {}
     cheap = {name: value for name, value in plan.cheap.items() if name in space}
@@ -264,123 +277,89 @@ def search(
             widened.append(f"{name} to {end:.3g}")
         settings = settings + around(best, space, plan.around, round_)
 
-    ends = [(goal.progress_of(run), run.end.quality) for run in first]
     if plan.works is None:
         works = sum(run.reached is not None for run in first)
     else:
-        works = sum(progress >= plan.works for progress, _ in ends)
-    ends = [(round(progress, 3), quality) for progress, quality in ends]
-    chosen, tried, cost = changed_fields(best, base), len(set(settings)), sum(spent.values())
-    return Search(chosen, tried, (works, len(first)), ends, cost, widened, list(edges))
-
-
-def changed_fields(setting: Any, base: Any) -> dict[str, Any]:
-    """What a setting has other than another one."""
-    fields = dataclasses.asdict(setting)
-    return {name: value for name, value in fields.items() if value != getattr(base, name)}
+        works = sum(goal.progress_of(run) >= plan.works for run in first)
+    fields = dataclasses.asdict(best)
+    return {
+        "best": {name: value for name, value in fields.items() if value != getattr(base, name)},
+        "tried": len(set(settings)),
+        "works": [works, len(first)],
+        "spent": sum(spent.values()),
+        "widened": widened,
+        "edges": list(edges),
+    }
 
 
 # Computing runs, and keeping results
 
 
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, separators=(",", ":"), default=dataclasses.asdict) + "\n"
+    replace_file(path, lambda aside: aside.write_text(text, "utf-8"))
+
+
 def in_worker() -> None:
-    """Leave Ctrl-C to the process that started this one, and end with it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+
+
+def call(job: tuple[Path, Callable, tuple]) -> None:
+    path, function, task = job
+    write_json(path, function(*task))
 
 
 class Computer:
-    """Calls functions, one per core, and logs what they return, so that nothing is computed twice.
+    """Calls functions, one per core, and keeps what each returns in a file, to go on if stopped."""
 
-    folder: of the logs, or None for none; an entry is a line. workers: 0 computes in this process.
-    """
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pool: Pool | None = None
 
-    def __init__(self, folder: Path | None, workers: int):
-        self.folder, self.workers = folder, workers
-        self.logs: dict[str, dict[str, Any]] = {}
-        self.pool: ProcessPoolExecutor | None = None
+    def __call__(self, title: str, name: str, function: Callable, tasks: list[tuple]) -> list[Any]:
+        """What function(*task) returns, as JSON, for each task. name: of a folder for the files."""
+        paths = {}
+        for task in tasks:
+            key = json.dumps([function.__name__, *task], default=dataclasses.asdict)
+            paths[task] = self.folder / name / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+        missing = [(path, function, task) for task, path in paths.items() if not path.exists()]
+        if missing:
+            for _ in tqdm(self.map(missing), f"{name}: {title}", len(missing)):
+                pass
+        return [json.loads(paths[task].read_text("utf-8")) for task in tasks]
 
-    def read(self, log: str) -> dict[str, Any]:
-        path, entries = Path(self.folder or ".") / f"{log}.jsonl", {}
-        if self.folder and path.exists():
-            for line in path.read_text("utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the line that a killed process was writing
-                    entries |= json.loads(line)
-        return entries
-
-    def __call__(self, title: str, log: str, function: Callable, tasks: list[tuple]) -> list[Any]:
-        """What function(*task) returns for each task, as JSON: all that is not in the log yet."""
-        if log not in self.logs:
-            self.logs[log] = self.read(log)
-        known, name = self.logs[log], function.__name__
-        keys = [json.dumps([name, *task], default=dataclasses.asdict) for task in tasks]
-        missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}
-        with tqdm(desc=f"{log}: {title}", total=len(missing), disable=not missing) as progress:
-            for key, result in self.compute(function, missing):
-                known[key] = json.loads(json.dumps(result, default=dataclasses.asdict))
-                if self.folder:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    with (self.folder / f"{log}.jsonl").open("a", encoding="utf-8") as file:
-                        file.write("\n" + json.dumps({key: known[key]}))
-                progress.update()
-        return [known[key] for key in keys]
-
-    def compute(self, function: Callable, tasks: dict[str, tuple]) -> Iterator[tuple[str, Any]]:
-        if not self.workers:
-            for key, task in tasks.items():
-                yield key, function(*task)
-            return
+    def map(self, jobs: list[tuple[Path, Callable, tuple]]) -> Iterator[None]:
         if self.pool is None:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.workers, context, in_worker)
-        try:
-            futures = {self.pool.submit(function, *task): key for key, task in tasks.items()}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.kill()  # rather than wait until it has finished its run
-            raise
-
-    def runs(
-        self, title: str, log: str, function: Callable, tasks: list[list[tuple]]
-    ) -> list[list[Run]]:
-        """Of a table of tasks that return runs."""
-        flat = iter(self(title, log, function, [task for row in tasks for task in row]))
-        return [[Run.load(next(flat)) for _ in row] for row in tasks]
-
-
-class Missing(Exception):
-    """A result that is not kept, while nothing is to be computed."""
+            self.pool = multiprocessing.get_context("spawn").Pool(initializer=in_worker)
+        return self.pool.imap_unordered(call, jobs)
 
 
 class Results:
-    """What is kept: <folder>/<world>.json, by kind (searches, reports, ...) and name."""
+    """The results that are kept, in <folder>/<world>.json, by kind and name."""
 
-    def __init__(self, folder: Path, compute: bool):
-        self.folder, self.compute = folder, compute
-        self.worlds: dict[str, dict[str, Any]] = {}
+    def __init__(self, folder: Path):
+        self.folder = folder
 
-    def of(self, world: str) -> dict[str, Any]:
-        if world not in self.worlds:
-            path = self.folder / f"{world}.json"
-            self.worlds[world] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return self.worlds[world]
+    def read(self, world: str) -> dict[str, Any]:
+        path = self.folder / f"{world}.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    def get(self, world: str, kind: str, name: str, make: Callable[[], Any]) -> Any:
-        """The result that is kept, or make(), which is JSON, and then kept. Raises Missing."""
-        results = self.of(world).setdefault(kind, {})
-        if name not in results:
-            if not self.compute:
-                raise Missing(f"{name} ({kind}) in {world}")
-            results[name] = make()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.worlds[world], separators=(",", ":")) + "\n"
-            replace_file(self.folder / f"{world}.json", lambda path: path.write_text(text, "utf-8"))
-        return results[name]
+    def of(self, world: str, kind: str) -> dict[str, Any]:
+        return self.read(world).get(kind, {})
+
+    def put(self, world: str, kind: str, name: str, value: Any, origin: str) -> None:
+        results = self.read(world) | {"origin": origin}
+        results.setdefault(kind, {})[name] = value
+        write_json(self.folder / f"{world}.json", results)
+
+    def check_origin(self, world: str, origin: str) -> None:
+        """Raise UserError if the results of a world began with another pretrained model."""
+        if self.read(world).get("origin", origin) != origin:
+            raise UserError(
+                f"the kept results of {world} began with another pretrained pipeline; to start "
+                "anew with this one, give a new folder as --results"
+            )
 
 
 # Intervals
@@ -389,8 +368,6 @@ class Results:
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}
 CLEAR = 4.0  # a ratio is shown if the ends of its interval differ by less than this factor ...
 ENOUGH = 0.8  # ... and this share of both methods' runs succeed
-
-Interval = tuple[float, float, float]  # a mean, and the ends of its 95 % interval
 
 
 def resampled_means(values: list[float], n: int, seed: int = 0) -> Tensor:
@@ -410,28 +387,17 @@ def ends_of(means: Tensor, n: int) -> list[float]:
     return means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
 
 
-def interval(values: list[float]) -> Interval:
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The mean, and the ends of its 95 % interval."""
     n = len(values)
     return (sum(values) / n, *ends_of(resampled_means(values, n), n))
-
-
-def forecast(runs: list[Run], n: int) -> tuple[float, float]:
-    """Where the mean cost of n other seeds lies in 19 of 20 cases, if these runs are typical.
-
-    It is wider than the interval: n seeds have a spread, and the mean of these runs an error.
-    """
-    costs = [run.cost for run in runs]
-    means = resampled_means(costs, n) + resampled_means(costs, len(costs), seed=1)
-    means = (means - sum(costs) / len(costs)).clamp(0, runs[0].budget)
-    low, high = ends_of(means, len(costs))
-    return low, high
 
 
 def successes(runs: list[Run]) -> int:
     return sum(run.reached is not None for run in runs)
 
 
-def ratio(runs: list[Run], other: list[Run]) -> Interval | None:
+def ratio(runs: list[Run], other: list[Run]) -> tuple[float, float, float] | None:
     """The other's mean cost over the first's; None where too few succeed, or it is not clear."""
     if any(successes(each) < ENOUGH * len(each) for each in (runs, other)):
         return None
@@ -459,8 +425,3 @@ def ratio_of_few(runs: list[Run], other: list[Run], spacing: float) -> str:
     error = sum((each.var() + rounding) / len(each) for each in logs).sqrt().item()
     low, high = (middle * math.exp(sign * STUDENT[len(runs)] * error) for sign in (-1, 1))
     return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -11,8 +11,8 @@ import copy
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import dgpo
 from lab import methods
 from lab.methods import Setting
-from lab.protocol import Evaluation, Goal, Run
+from lab.protocol import Diverged, Evaluation, Goal, Plan, Run, follow
 from sd35 import gradient
 from toy import flow2d
 
@@ -151,13 +151,13 @@ def learn(
     model: nn.Module, world: World, setting: Setting, generator: torch.Generator
 ) -> Iterator[int]:
     """Train `model` in place, without end; yield what it has cost after every iteration."""
-    P, G, flow_grpo = setting.prompts, setting.group_size, setting.method == "Flow-GRPO"
+    P, G, flow_grpo = setting.prompts_per_step, setting.group_size, setting.method == "Flow-GRPO"
     reference = copy.deepcopy(model).requires_grad_(False)
     old = model if setting.ema is None else copy.deepcopy(reference)
     optimizer = torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0.0)
-    K, cost = setting.timesteps, 0
+    K, cost = setting.train_timesteps, 0
     if flow_grpo:
-        K = methods.trained_steps(setting, setting.rollout_steps)
+        K = math.ceil(setting.trained_share * setting.num_inference_steps)
     while True:
         if setting.decay is not None:
             rate = setting.learning_rate / (1 + cost / setting.decay)
@@ -168,9 +168,9 @@ def learn(
             rows, chosen = torch.arange(P)[:, None], gradient.extremes(rewards, m)
             rewards, trajectory = rewards[rows, chosen], trajectory[:, rows, chosen]
         advantages, x0, log_prob_old = dgpo.group_advantages(rewards), trajectory[-1], None
-        networks = methods.Networks(*(at_rows(net, c.repeat(K)) for net in (model, reference, old)))
+        networks = tuple(at_rows(network, c.repeat(K)) for network in (model, reference, old))
 
-        for _ in range(setting.updates):
+        for _ in range(setting.updates_per_rollout):
             optimizer.zero_grad()
             if flow_grpo:
                 steps = trajectory[: K + 1], times[: K + 1]
@@ -192,7 +192,7 @@ def learn(
         yield cost
 
 
-def at_rows(network: nn.Module, c: Tensor) -> dgpo.Velocity:
+def at_rows(network: nn.Module, c: Tensor) -> gradient.Velocity:
     """The network as methods.py sees it, under the conditions c of the rows."""
     return lambda x, t, rows: network(x, t, c[rows])
 
@@ -204,7 +204,7 @@ def draw(
 
     By the ODE, the trajectory is x0 alone, (1, P, G, D).
     """
-    P, G, steps = setting.prompts, setting.group_size, setting.rollout_steps
+    P, G, steps = setting.prompts_per_step, setting.group_size, setting.num_inference_steps
     c = flow2d.sample_conditions(P, generator)
     noise = torch.randn(P * G, world.dims, generator=generator)
     each_c, times = c.repeat_interleave(G), torch.linspace(1, 0, steps + 1)
@@ -220,7 +220,10 @@ def draw(
     else:
         trajectory = dgpo.sample_ode(velocity, noise, steps)[None]
     trajectory = trajectory.view(-1, P, G, world.dims)
-    return c, world.reward(c[:, None], trajectory[-1]), trajectory, times
+    rewards = world.reward(c[:, None], trajectory[-1])
+    if not rewards.isfinite().all():
+        raise Diverged
+    return c, rewards, trajectory, times
 
 
 # A run of it, evaluated on the way.
@@ -232,34 +235,53 @@ FOLLOWED = 4.0  # a successful run ends at this many times its cost to reach the
 AT_LEAST = 0.25  # ... and not before this share of the world's budget
 
 
+RUNGS = ((1, 0.4, 8), (3, 1.0, 3), (12, 1.0, 1))
+CHEAP = {"prompts_per_step": 4, "num_inference_steps": 5, "updates_per_rollout": 4}
+CHEAP |= {"train_samples": 4, "train_timesteps": 1, "ema": 0.8, "average": 0.9}
+PLAN = Plan(drawn=31, around=12, rounds=3, most_rounds=4, rungs=RUNGS, cheap=CHEAP)
+SPACE: dict[str, Any] = {}  # where a search has other choices than the methods' rows
+SEEDS = tuple(range(10))  # of a report
+
+
+def base_setting(world: str) -> Setting:
+    return Setting()
+
+
+def origin(world: str) -> str:
+    """What runs began with, where that is no function of the seed."""
+    return ""
+
+
 @functools.cache
-def pretrained(world: str, seed: int) -> tuple[nn.Module, Tensor]:
-    """The reference of a seed, and the state of its generator. Not to be trained in place."""
+def pretrained(world: str, seed: int) -> tuple[nn.Module, torch.Generator]:
+    """The reference of a seed, and its generator. Not to be trained, or drawn from, in place."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model, sample_data = make(world).network(), make(world).sample_data
     for _ in flow2d.pretrain(model, flow2d.PRETRAINING_STEPS, generator, sample_data):
         pass
-    return model, generator.get_state()
+    return model, generator
 
 
 def start(world: str, seed: int) -> tuple[nn.Module, torch.Generator]:
     """A copy of the reference, and the generator that goes on from its pretraining."""
-    reference, state = pretrained(world, seed)
-    generator = torch.Generator()
-    generator.set_state(state)
-    return copy.deepcopy(reference), generator
+    reference, generator = pretrained(world, seed)
+    return copy.deepcopy(reference), generator.clone_state()
 
 
 def run(name: str, seed: int, setting: Setting, budget: float, followed: float = FOLLOWED) -> Run:
-    """A training run. It ends when the budget is spent, or `followed` times what success cost.
-
-    One that diverges ends there, and fails.
-    """
+    """A training run. It ends with the budget, or `followed` times its cost to reach the goal."""
     world, (model, generator) = make(name), start(name, seed)
     averaged = copy.deepcopy(model) if setting.average else model
     c = torch.arange(flow2d.CONDITIONS).repeat_interleave(SAMPLES)
     noise = torch.randn(len(c), world.dims, generator=torch.Generator().manual_seed(seed))
+
+    def costs() -> Iterator[int]:
+        yield 0
+        for cost in learn(model, world, setting, generator):
+            if setting.average:
+                dgpo.ema_update(averaged.parameters(), model.parameters(), setting.average)
+            yield cost
 
     def evaluate(cost: int) -> Evaluation:
         x = flow2d.sample(averaged, c, noise, EVALUATION_STEPS)
@@ -267,22 +289,13 @@ def run(name: str, seed: int, setting: Setting, budget: float, followed: float =
         spread = position.view(flow2d.CONDITIONS, SAMPLES, 2).std(1).mean() / world.spread
         values = world.reward(c, x).mean(), right.float().mean(), spread
         if not (sum(values) + distance.mean()).isfinite():
-            raise ValueError("the samples are not finite")
+            raise Diverged
         return Evaluation(cost, *(float(f"{value.item():.4g}") for value in values))
 
-    result, due = Run(budget, [evaluate(0)]), FIRST
-    try:
-        for cost in learn(model, world, setting, generator):
-            if setting.average:
-                dgpo.ema_update(averaged.parameters(), model.parameters(), setting.average)
-            if cost < min(due, budget):
-                continue
-            result.evaluations.append(evaluate(cost))
-            result.reached = world.goal.cost_to_reach(result)
-            due = max(cost + FIRST, APART * cost)
-            end = max(followed * result.cost, AT_LEAST * world.budget)
-            if cost >= min(end, budget):
-                break
-    except ValueError:  # samples or rewards that are not finite
-        result.reached = None
-    return result
+    def due(cost: int) -> float:
+        return max(cost + FIRST, APART * cost)
+
+    def end(run: Run) -> float:
+        return max(followed * run.cost, AT_LEAST * world.budget)
+
+    return follow(costs(), world.goal, budget, evaluate, due, end)
