@@ -1,49 +1,44 @@
-"""The evaluation, end to end on the tiny pipeline."""
+"""The evaluation, from the prompts to the tables, on the tiny pipeline."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
-import shapes
 import torch
-from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig, get_peft_model_state_dict
+import yaml
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from tiny_run import REWARD, ROOT
 
 import evaluate
-import sd35
+from sd35.lora import LORA_FILE, save_lora
+from sd35.model import load_pipeline
+from sd35.settings import UserError, parse
+from tiny_sd35 import shapes
 
-ROOT = Path(__file__).parents[1]
-BRIGHTNESS = f"{ROOT}/tests/own_rewards.py:brightness"
-STRICT = "shapes:strict"
+BRIGHTNESS, DARKNESS = f"{REWARD}:brightness", f"{REWARD}:darkness"
+STRICT = "tiny_sd35/shapes.py:strict"
 
 
 @pytest.fixture(scope="module")
 def loras(tiny, tmp_path_factory):
-    """Two LoRAs: one that changes nothing, and one that does."""
-    folders = {}
-    for name, scale in (("nothing", 0.0), ("much", 0.2)):
-        transformer = StableDiffusion3Pipeline.from_pretrained(tiny).transformer
+    """Folders of a LoRA without an effect, of one with an effect, and of that in PEFT's form."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("nothing", "much", "peft")}
+    for name, folder in folders.items():
+        pipe = load_pipeline(str(tiny), torch.float32)
         torch.manual_seed(0)
         config = LoraConfig(r=4, lora_alpha=8, target_modules=["attn.to_q", "attn.to_v"])
-        transformer.add_adapter(config)
-        for key, parameter in transformer.named_parameters():
+        model = get_peft_model(pipe.transformer, config) if name == "peft" else pipe.transformer
+        if name != "peft":
+            model.add_adapter(config)
+        for key, parameter in model.named_parameters():
             if "lora_B" in key:
-                parameter.data.normal_(0, 1).mul_(scale)
-        folders[name] = tmp_path_factory.mktemp(name)
-        StableDiffusion3Pipeline.save_lora_weights(
-            folders[name],
-            transformer_lora_layers=get_peft_model_state_dict(transformer),
-            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-        )
+                parameter.data.normal_(0, 0 if name == "nothing" else 0.2)
+        model.save_pretrained(folder) if name == "peft" else save_lora(pipe, folder)
     return folders
 
 
@@ -55,193 +50,76 @@ def prompts(tmp_path):
     return file
 
 
-def flags(tiny, lora, prompts, out, **changed):
-    settings = {
-        "model": tiny,
-        "lora": lora,
-        "prompts": prompts,
-        "output_dir": out,
-        "metrics": [BRIGHTNESS, STRICT],
-        "num_inference_steps": 3,
-        "guidance_scale": 2,
-        "resolution": shapes.SIDE,
-        "max_sequence_length": shapes.TOKENS,
-        "seeds": 2,
-        **changed,
-    }
-    line = []
-    for name, value in settings.items():
-        if value is not None:
-            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return line
+def words(tiny, lora, prompts, out, **changed):
+    line = {"model": tiny, "lora": lora, "prompts": prompts, "output_dir": out, "seeds": 2}
+    line |= {"metrics": BRIGHTNESS, "num_inference_steps": 3, "guidance_scale": 2}
+    line |= {"resolution": shapes.SIDE, "max_sequence_length": shapes.TOKENS, **changed}
+    values = {k: x if isinstance(x, list) else [x] for k, x in line.items() if x is not None}
+    return [str(word) for name, value in values.items() for word in (f"--{name}", *value)]
 
 
-def run(*args, **changed):
-    evaluate.evaluate(evaluate.parse_args(flags(*args, **changed)))
-    return json.loads((args[3] / "table.json").read_text())
+def settings_of(*args, **changed):
+    return parse(evaluate.EvaluationSettings, words(*args, **changed))
 
 
-def rows(found):
-    """The first table, of all pictures."""
-    return next(iter(found.values()))
+def run(tiny, lora, prompts, out, **changed):
+    """The tables: by title, row and metric."""
+    evaluate.evaluate(settings_of(tiny, lora, prompts, out, **changed))
+    return json.loads((out / "table.json").read_text())
+
+
+def overall(tables):
+    return next(iter(tables.values()))
+
+
+def images(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")}
+
+
+# The tables
 
 
 def test_base_against_base_differs_by_exactly_zero(tiny, loras, prompts, tmp_path):
-    found = run(tiny, loras["nothing"], prompts, tmp_path / "out")
-    assert set(rows(found)["difference"]) == {BRIGHTNESS, STRICT}
-    assert all(cell == [0, 0, 0] for cell in rows(found)["difference"].values())
-    assert [title.split(",")[0] for title in found] == [
-        "mean over images",
-        "mean over 2 tasks",
-        "single",
-        "count",
-    ]
+    tables = run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=[BRIGHTNESS, STRICT])
+    assert overall(tables)["difference"] == {BRIGHTNESS: [0, 0, 0], STRICT: [0, 0, 0]}
+    titles = ["mean over images", "mean over 2 tasks of equal weight", "single", "count"]
+    assert [title.split(",")[0] for title in tables] == titles
 
 
 def test_a_change_is_measured_and_shown(tiny, loras, prompts, tmp_path, capsys):
     out = tmp_path / "out"
-    found = run(tiny, loras["much"], prompts, out)
-    base, lora, difference = (rows(found)[name][BRIGHTNESS] for name in evaluate.ROWS)
+    tables = run(tiny, loras["much"], prompts, out)
+    base, lora, difference = (overall(tables)[name][BRIGHTNESS] for name in evaluate.ROWS)
     assert difference[0] == pytest.approx(lora[0] - base[0]) and difference[0] != 0
     assert difference[1] <= difference[0] <= difference[2]
-    by_hand = [np.asarray(Image.open(p)).mean() / 255 for p in (out / "images/base").glob("*.png")]
-    assert len(by_hand) == 12 and np.mean(by_hand) == pytest.approx(base[0], abs=1e-6)
+    means = [np.asarray(Image.open(p)).mean() / 255 for p in (out / "images/base").glob("*.png")]
+    assert len(means) == 12 and np.mean(means) == pytest.approx(base[0], abs=1e-6)
     text = (out / "table.md").read_text()
-    assert "6 prompts, 2 each" in text and "| DGPO, OCR | | 0.96 |" in text
+    assert "6 prompts, 12 images" in text and "| DGPO, OCR | | 0.96 |" in text
     assert "| difference |" in capsys.readouterr().out
     assert Image.open(out / "grid.png").size[0] == 512
 
 
-def test_what_is_done_is_not_done_again(tiny, loras, prompts, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "out"
-    first = run(tiny, loras["much"], prompts, out, metrics=BRIGHTNESS)
-    drawn = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")}
-    damaged = out / "images" / "lora" / "00002_1.png"
-    before = damaged.read_bytes()
-    damaged.write_bytes(before[:50])
-    other = out / "images" / "base" / "00000_0.png"
-    Image.new("RGB", (5, 5)).save(other)
-
-    asked = []
-    original = evaluate.rewards.load
-    monkeypatch.setattr(
-        evaluate.rewards, "load", lambda name, *rest: asked.append(name) or original(name, *rest)
-    )
-    again = run(tiny, loras["much"], prompts, out)
-    assert asked == [STRICT]  # the new metric; the other was kept
-    assert rows(again)["base"][BRIGHTNESS] == rows(first)["base"][BRIGHTNESS]
-    assert f"{damaged} is damaged: drawn again" in capsys.readouterr().out
-    assert damaged.read_bytes() == before
-    changed = [path for path, time in drawn.items() if path.stat().st_mtime_ns != time]
-    assert set(changed) == {damaged, other}
-
-
-def test_scores_by_other_weights_are_not_taken_over(tiny, loras, prompts, tmp_path, monkeypatch):
-    """A metric whose --reward_model is another is scored anew, and the first one's are kept."""
-    answers = {"one": 0.25, "two": 0.75}
-    asked = []
-
-    def load(name, device, model):
-        asked.append(model)
-        return lambda images, _: [answers[model]] * len(images)
-
-    monkeypatch.setattr(evaluate.rewards, "load", load)
-    for model in ("one", "two", "one"):
-        settings = {"metrics": "pickscore", "reward_model": f"pickscore={model}"}
-        found = run(tiny, loras["much"], prompts, tmp_path / "out", **settings)
-        assert rows(found)["base"]["pickscore"] == [answers[model]] * 3
-    assert asked == ["one", "two"]
-
-
-def test_pictures_of_other_settings_are_not_mixed_in(tiny, loras, prompts, tmp_path):
-    run(tiny, loras["nothing"], prompts, tmp_path / "out")
-    with pytest.raises(evaluate.Fault, match="holds pictures of another num_inference_steps"):
-        run(tiny, loras["nothing"], prompts, tmp_path / "out", num_inference_steps=4)
-
-
-def test_a_lora_that_was_trained_further_is_another(tiny, loras, prompts, tmp_path):
-    folder = tmp_path / "lora"
-    shutil.copytree(loras["nothing"], folder)
-    run(tiny, folder, prompts, tmp_path / "out", metrics=BRIGHTNESS)
-    shutil.copy(loras["much"] / evaluate.LORA_FILE, folder)
-    with pytest.raises(evaluate.Fault, match="holds pictures of another LoRA; give another folder"):
-        run(tiny, folder, prompts, tmp_path / "out", metrics=BRIGHTNESS)
-
-
-def test_the_process_group_is_ended(tiny, loras, prompts, tmp_path, monkeypatch):
-    """Without it, one of several processes ends by SIGABRT now and then: pytorch issue 190489."""
-    ended = []
-    monkeypatch.setattr(evaluate.PartialState, "destroy_process_group", lambda _: ended.append(1))
-    run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=BRIGHTNESS)
-    assert len(ended) == 1
-
-
-def test_two_processes_draw_and_score_the_same(tiny, loras, prompts, tmp_path):
-    alone = run(tiny, loras["much"], prompts, tmp_path / "one", metrics=BRIGHTNESS, batch_size=1)
-    line = flags(tiny, loras["much"], prompts, tmp_path / "two", metrics=BRIGHTNESS, batch_size=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "evaluate.py", *line]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads((tmp_path / "two" / "table.json").read_text()) == alone
-
-
-def test_the_default_metrics_are_those_at_hand(
-    tiny, loras, prompts, tmp_path, tiny_clip, capsys, monkeypatch
-):
-    """Nothing is asked of the network for it."""
-    asked = []
-
-    def getaddrinfo(host, *rest, **more):
-        asked.append(host)
-        raise OSError("no route")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    out, clip = tmp_path / "out", f"pickscore={tiny_clip}"
-    found = run(tiny, loras["much"], prompts, out, metrics=None, reward_model=clip)
-    assert list(rows(found)["base"]) == ["pickscore"]
-    said = capsys.readouterr().out
-    assert asked == []
-    for missing in ("aesthetic", "imagereward", "unifiedreward"):
-        assert f"without {missing}: cannot load the reward {missing}: " in said
-    assert "ocr" not in said  # no prompt has a text in quotation marks
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE
-
-
-def test_the_tasks_reward_comes_first_and_brings_its_prompts(
-    tiny, loras, prompts, tmp_path, monkeypatch
-):
-    def urlopen(url, timeout):
-        raise OSError("no route")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(evaluate.prompt_sets.urllib.request, "urlopen", urlopen)
-    out = tmp_path / "out"
-    found = run(tiny, loras["much"], prompts, out, reward=STRICT, metrics=[BRIGHTNESS, STRICT])
-    assert list(rows(found)["base"]) == [STRICT, BRIGHTNESS]
-    found = run(tiny, loras["much"], prompts, out, reward=STRICT, metrics=None)
-    assert list(rows(found)["base"]) == [STRICT]  # nothing else is at hand
-    with pytest.raises(evaluate.Fault, match="argument --prompts: cannot fetch .*/ocr/test.txt"):
-        run(tiny, loras["much"], None, out, reward="ocr", metrics=None)
-
-
-def test_no_metric_at_hand_is_an_error(tiny, loras, prompts, tmp_path):
-    with pytest.raises(evaluate.Fault, match="none is at hand; name one to fetch: aesthetic, "):
-        run(tiny, loras["much"], prompts, tmp_path / "out", metrics=None)
+def test_a_folder_in_pefts_form_is_the_same_lora(tiny, loras, prompts, tmp_path):
+    drawn = {}
+    for name, lora in loras.items():
+        run(tiny, lora, prompts, tmp_path / name)
+        drawn[name] = np.array([Image.open(p) for p in sorted((tmp_path / name).rglob("lora/*"))])
+    much, peft, nothing = (drawn[name].astype(int) for name in ("much", "peft", "nothing"))
+    assert abs(peft - much).max() <= 1 and abs(much - nothing).max() > 10
 
 
 def test_the_interval_is_the_bootstraps():
     values = np.random.default_rng(1).normal(3, 2, 400)
-    texts = [f"prompt {i}" for i in range(400)]
-    mean, low, high = evaluate.bootstrap(np.array([values, values]), texts, [range(400)])["base"]
+    lines = [f"prompt {i}" for i in range(400)]
+    mean, low, high = evaluate.bootstrap(np.array([values, values]), lines, [range(400)])["base"]
     half = 1.96 * values.std() / 20
     assert mean == pytest.approx(values.mean())
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.03)
 
 
-def test_what_is_resampled_are_prompts_by_their_text():
-    """A list that has every prompt four times is no wider a basis: the interval is as without."""
+def test_images_of_equal_prompts_are_resampled_together():
+    """A list that has every prompt four times tells no more: its interval is as wide."""
     values = np.random.default_rng(1).normal(3, 2, 100)
     once, often = (np.array([x, x]) for x in (values, values.repeat(4)))
     alone = evaluate.bootstrap(once, [f"prompt {i}" for i in range(100)], [range(100)])
@@ -249,6 +127,20 @@ def test_what_is_resampled_are_prompts_by_their_text():
     assert listed["base"] == pytest.approx(alone["base"])
     mean, low, high = listed["base"]
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 10, rel=0.05)  # not / 20
+
+
+def test_prompts_are_told_apart_by_their_whole_line(tiny, loras, tmp_path):
+    """One text with other metadata is another prompt, equal lines are one."""
+    file, metric = tmp_path / "prompts.jsonl", tmp_path / "answers.py"
+    metric.write_text("def f(images, metadata): return [line['answer'] for line in metadata]")
+    lines = [json.dumps({"prompt": "red square", "answer": i}) + "\n" for i in range(4)]
+    file.write_text("".join(lines * 2))
+    metrics = {"metrics": [f"{metric}:f"], "seeds": 1}
+    tables = run(tiny, loras["nothing"], file, tmp_path / "out", **metrics)
+    assert [*tables] == ["4 prompts, 8 images"]
+    mean, low, high = overall(tables)["base"][f"{metric}:f"]
+    assert mean == 1.5 and low < 1 and high > 2
+    assert len({v for k, v in images(tmp_path / "out/images").items() if "base" in k}) == 8
 
 
 def test_the_mean_over_images_and_the_mean_over_tasks():
@@ -263,322 +155,165 @@ def test_the_mean_over_images_and_the_mean_over_tasks():
 
 def test_a_pair_without_a_score_is_left_out_of_all_rows():
     scores = np.array([[1, np.nan, 3], [2, 5, 4]])
-    found = evaluate.bootstrap(scores, list("abc"), [range(3)])
-    assert [found[row][0] for row in evaluate.ROWS] == [2, 3, 1]
-    none = evaluate.bootstrap(scores, list("abc"), [[0], [1]])  # a task without any
-    assert none == dict.fromkeys(evaluate.ROWS)
-    assert "| base | no score |" in evaluate.table("", {row: {"m": none[row]} for row in none})
+    rows = evaluate.bootstrap(scores, list("abc"), [range(3)])
+    assert [rows[name][0] for name in evaluate.ROWS] == [2, 3, 1]
+    empty = evaluate.bootstrap(scores, list("abc"), [[0], [1]])  # the second task has no scores
+    assert empty == dict.fromkeys(evaluate.ROWS)
+    assert "| base | no score |" in evaluate.table("", {row: {"m": empty[row]} for row in empty})
 
 
-def test_answers_without_a_score_are_counted_and_do_not_end_it(
-    tiny, loras, prompts, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(("function", "missing"), [("nan_for_some", 12), ("nan_for_all", 24)])
+def test_images_without_a_score_are_counted(function, missing, tiny, loras, tmp_path):
+    (tmp_path / "a.txt").write_text("red square\nblue disc\n" * 3)  # an even and an odd length
+    metric, out = f"{REWARD}:{function}", tmp_path / "out"
+    run(tiny, loras["much"], tmp_path / "a.txt", out, metrics=[metric], batch_size=1)
+    text = (out / "table.md").read_text()
+    assert f"{missing} of 24 images have no score by {metric}." in text
+    assert ("| no score |" in text) == (not (out / "grid.png").exists()) == (missing == 24)
+
+
+# What is done is not done again, and nothing of it is lost
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_tables(
+    tiny, loras, prompts, tmp_path, monkeypatch
 ):
-    nan = float("nan")
-    answers = iter([[0.5, nan, 0.5, 0.5], *[[0.5] * 4] * 5] * 2)
-    monkeypatch.setattr(evaluate.rewards, "load", lambda *_: lambda *_: next(answers))
-    settings = {"metrics": [BRIGHTNESS], "batch_size": 4}
-    found = run(tiny, loras["much"], prompts, tmp_path / "out", **settings)
-    assert rows(found)["base"][BRIGHTNESS] == [0.5, 0.5, 0.5]
-    line = f"1 of 24 answers of {BRIGHTNESS} had no score."
-    assert line in capsys.readouterr().out and line in (tmp_path / "out/table.md").read_text()
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    tables = run(tiny, loras["much"], prompts, whole)
+    calls, decode = [], evaluate.decode
 
-    answers = iter([[nan] * 4] * 6)
-    (tmp_path / "out" / "scores.json").unlink()
-    with pytest.raises(evaluate.Fault, match="none of 24 .*brightness had a score; mend"):
-        run(tiny, loras["much"], prompts, tmp_path / "out", **settings)
+    def interrupted(vae, latents):
+        calls.append(len(latents))
+        if len(calls) == 5:  # in the LoRA's second batch
+            raise KeyboardInterrupt
+        return decode(vae, latents)
+
+    monkeypatch.setattr(evaluate, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, loras["much"], prompts, out)
+    drawn = images(out)
+    assert len(drawn) == 16 and drawn.items() <= images(whole).items()
+    assert run(tiny, loras["much"], prompts, out) == tables
+    assert calls == [4] * 7 and images(out) == images(whole)
+    assert not [path for path in out.rglob(".*")]
 
 
-def test_lists_that_repeat_their_prompts_say_how_many_pictures_each_has(
-    tiny, loras, tmp_path, capsys
+def test_a_metric_that_is_added_later_is_all_that_is_done(
+    tiny, loras, prompts, tmp_path, monkeypatch
 ):
-    """Each repetition has noise of its own; --seeds are of each."""
-    (tmp_path / "five.txt").write_text("a red square\na blue circle\n" * 5)
-    out = tmp_path / "out"
-    run(tiny, loras["nothing"], tmp_path / "five.txt", out, metrics=BRIGHTNESS, seeds=1)
-    assert "| 2 prompts, 5 each |" in (out / "table.md").read_text()
-    red = [(out / f"images/base/{i:05d}_0.png").read_bytes() for i in range(0, 10, 2)]
-    assert len(set(red)) == 5
+    first, scored = run(tiny, loras["much"], prompts, tmp_path / "out"), []
+    score = evaluate.rewards.score
+    monkeypatch.setattr(evaluate, "load_pipeline", None)
+    monkeypatch.setattr(evaluate.rewards, "score", lambda *a: scored.append(a[0]) or score(*a))
+    both = {"metrics": [BRIGHTNESS, DARKNESS]}
+    again = overall(run(tiny, loras["much"], prompts, tmp_path / "out", **both))
+    assert scored == [DARKNESS] * 6
+    assert again["base"][BRIGHTNESS] == overall(first)["base"][BRIGHTNESS]
+    assert again["base"][DARKNESS][0] == pytest.approx(1 - again["base"][BRIGHTNESS][0], abs=1e-6)
 
 
-def test_settings_are_those_of_the_run(tiny, loras, prompts, tmp_path, capsys):
+def test_what_a_metric_has_scored_is_saved_before_the_next_one(tiny, loras, prompts, tmp_path):
+    metrics = {"metrics": [BRIGHTNESS, f"{REWARD}:raising"]}
+    with pytest.raises(evaluate.rewards.RewardError, match="raising failed"):
+        run(tiny, loras["nothing"], prompts, tmp_path / "out", **metrics)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert len(scores) == 24 and all(BRIGHTNESS in key for key in scores)
+
+
+def test_a_score_is_of_a_prompts_line_and_of_a_metrics_code_and_weights(monkeypatch, tmp_path):
+    own, image = tmp_path / "own.py", Path("base/00000_0.png")
+    own.write_text("def f(images): return [1]")
+    keys = [evaluate.score_key(image, {"prompt": "a", "n": n}, "ocr", None) for n in (1, 1, 2)]
+    keys += [evaluate.score_key(image, {"prompt": "a", "n": 1}, "ocr", "other weights")]
+    keys += [evaluate.score_key(image, {"prompt": "a", "n": 1}, f"{own}:f", None)]
+    own.write_text("def f(images): return [2]")
+    keys += [evaluate.score_key(image, {"prompt": "a", "n": 1}, f"{own}:f", None)]
+    assert keys[0] == keys[1] and len({*keys}) == 5
+
+
+def test_two_processes_draw_and_score_the_same(tiny, loras, prompts, tmp_path):
+    alone = run(tiny, loras["much"], prompts, tmp_path / "one", batch_size=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "evaluate.py"]
+    command += words(tiny, loras["much"], prompts, tmp_path / "two", batch_size=1)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "two" / "table.json").read_text()) == alone
+
+
+# Settings, and ordinary mistakes
+
+
+def test_settings_are_those_of_the_run(tiny, loras, prompts, tmp_path):
     folder = tmp_path / "run" / "checkpoint-20"
     shutil.copytree(loras["nothing"], folder)
-    trained = {
-        "pretrained_model_name_or_path": str(tiny),
-        "guidance_scale": 1.0,
-        "resolution": shapes.SIDE,
-        "max_sequence_length": shapes.TOKENS,
-        "seed": 3,
-    }
-    (tmp_path / "run" / "arguments.json").write_text(json.dumps(trained))
-    given = dict.fromkeys(("model", "resolution", "max_sequence_length", "guidance_scale"))
-    settings = {**given, "metrics": BRIGHTNESS}
-    run(None, folder, prompts, tmp_path / "out", **settings)
-    kept = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert [kept[name] for name in trained if name != "seed"] == list(trained.values())[:4]
-    assert "guidance_scale 1.0, resolution 16, " in capsys.readouterr().out
-
-    run(None, folder, prompts, tmp_path / "own", **settings | {"guidance_scale": 3})
-    assert json.loads((tmp_path / "own" / "settings.json").read_text())["guidance_scale"] == 3
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("6 prompts, 2 each, in 3 steps, by base and ")
-    assert "guidance_scale 3.0, resolution 16, " in said[1]
-    assert said[1].endswith(f"; those not given are those of {tmp_path}/run/arguments.json")
-    assert said[2].startswith(f"scored by {BRIGHTNESS}; on cpu, results in ")
+    trained = {"pretrained_model_name_or_path": str(tiny), "guidance_scale": 1.0}
+    trained |= {"resolution": shapes.SIDE, "max_sequence_length": shapes.TOKENS}
+    (folder / "settings.yaml").write_text(yaml.safe_dump({**trained, "seed": 3}))
+    unset = dict.fromkeys(("model", "resolution", "max_sequence_length", "guidance_scale"))
+    settings = settings_of(None, folder, prompts, None, **unset)
+    evaluate.resolve(settings)
+    assert {name: getattr(settings, name) for name in trained} == trained
+    # A checkpoint may be deleted by its run.
+    assert Path(settings.output_dir) == tmp_path / "run" / "evaluation-checkpoint-20"
+    settings = settings_of(None, loras["nothing"], prompts, None, **unset | {"guidance_scale": 3})
+    evaluate.resolve(settings)
+    assert (settings.guidance_scale, settings.resolution) == (3, 512)
+    assert Path(settings.output_dir) == loras["nothing"] / "evaluation"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "cannot read .*arguments.json"),
-        ("[3]", "cannot read .*arguments.json .it holds no JSON object"),
-        ('{"resolution": "large"}', "cannot use .*arguments.json .*resolution: .*'large'.*; mend"),
-        ('{"resolution": 100}', "--resolution: must be a multiple of 16, got 100"),
-        ('{"guidance_scale": NaN}', "--guidance_scale: must be at least 1, got nan"),
-    ],
-)
-def test_rubbish_that_the_run_left_is_one_line(content, message, loras, prompts, tmp_path):
-    shutil.copytree(loras["nothing"], tmp_path / "run")
-    (tmp_path / "run" / "arguments.json").write_text(content)
-    with pytest.raises(evaluate.Fault, match=message) as fault:
-        evaluate.parse_args(["--lora", str(tmp_path / "run"), "--prompts", str(prompts)])
-    assert "\n" not in str(fault.value)
+def test_the_reward_comes_first_and_brings_its_test_prompts(tiny, loras, prompts, tmp_path):
+    def resolved(*rewards, file=None):
+        metrics = {"reward": list(rewards), "metrics": ["pickscore", "ocr"]}
+        settings = settings_of(tiny, loras["nothing"], file, tmp_path, **metrics)
+        evaluate.resolve(settings)
+        return Path(settings.prompts).name, settings.metrics
+
+    assert resolved("ocr=2") == ("ocr_test", ["ocr", "pickscore"])
+    assert resolved("geneval") == ("geneval_test", ["geneval_official", "pickscore", "ocr"])
+    assert resolved("ocr", file=prompts) == ("prompts.jsonl", ["ocr", "pickscore"])
+    with pytest.raises(UserError, match="--prompts is needed"):
+        resolved(BRIGHTNESS)
 
 
-def test_two_evaluations_in_one_folder_do_not_interleave(tiny, loras, prompts, tmp_path):
-    """The lock is a process's, so the other one is another process."""
-    out = tmp_path / "out"
-    out.mkdir()
-    code = f"from checkpoints import *; lock_folder(Path({str(out)!r})); print(input('in'))"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
-        assert other.stdout.read(2) == "in"
-        with pytest.raises(evaluate.Fault, match="argument --output_dir: .* is at work in "):
-            run(tiny, loras["nothing"], prompts, out)
-        other.communicate("\n")
-    assert list(out.iterdir()) == [out / ".lock"]
-    run(tiny, loras["nothing"], prompts, out)
+@pytest.mark.parametrize("name", ["num_inference_steps", "lora", "prompts"])
+def test_images_of_another_evaluation_are_not_mixed_in(name, tiny, loras, prompts, tmp_path):
+    out, lora = tmp_path / "out", tmp_path / "lora"
+    shutil.copytree(loras["nothing"], lora)
+    (tmp_path / "other.txt").write_text("red square\n")
+    with pytest.raises(UserError, match="cannot load --model"):  # nothing is drawn: no claim
+        run(tmp_path / "none", lora, prompts, out)
+    run(tiny, lora, prompts, out, seeds=1)
+    shutil.copy(loras["much"] / LORA_FILE, lora if name == "lora" else tmp_path)
+    changed = {"num_inference_steps": 4} if name == "num_inference_steps" else {}
+    with pytest.raises(UserError, match=f"has images of another --{name}; use another --output"):
+        file = tmp_path / "other.txt" if name == "prompts" else prompts
+        run(tiny, lora, file, out, seeds=1, **changed)
 
 
-def test_a_metric_of_ones_own_that_has_changed_is_asked_again(tiny, loras, prompts, tmp_path):
-    own, means = tmp_path / "own.py", []
-    for score in (1, 1, 2):
-        own.write_text(f"def f(images, prompts): return [{score}] * len(images)\n")
-        evaluate.content.cache_clear()
-        for module in [name for name in sys.modules if name == "own"]:
-            del sys.modules[module]
-        found = run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=f"{own}:f")
-        means.append(rows(found)["base"][f"{own}:f"][0])
-    assert means == [1, 1, 2]
-
-
-def test_what_a_prompts_line_asks_for_is_part_of_its_score(tiny, loras, tmp_path):
-    own, prompts, means = tmp_path / "other.py", tmp_path / "p.jsonl", []
-    own.write_text("def f(images, prompts): return [prompt['n'] for prompt in prompts]")
-    for n in (1.0, 5.0):
-        prompts.write_text(json.dumps({"prompt": "red square", "n": n}))
-        found = run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=f"{own}:f")
-        means.append(rows(found)["base"][f"{own}:f"][0])
-    assert means == [1.0, 5.0]
-
-
-def test_what_a_metric_has_scored_is_kept_if_the_next_one_fails(tiny, loras, prompts, tmp_path):
-    own, asked = tmp_path / "two.py", tmp_path / "asked"
-    own.write_text(
-        "import os\n"
-        "def slow(images, prompts):\n"
-        f"    open({str(asked)!r}, 'a').write('x' * len(images))\n"
-        "    return [1] * len(images)\n"
-        f"def bad(images, prompts): return [os.stat({str(tmp_path / 'server')!r}).st_size]\n"
-    )
-    metrics = [f"{own}:slow", f"{own}:bad"]
-    for _ in range(2):
-        with pytest.raises(evaluate.rewards.RewardError, match="two.py:bad failed"):
-            run(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=metrics)
-    assert len(asked.read_text()) == len(list(tmp_path.glob("out/images/*/*.png")))
-
-
-def test_a_checkpoints_evaluation_is_not_in_it(loras, prompts, tmp_path):
-    shutil.copytree(loras["nothing"], tmp_path / "run" / "checkpoint-2")
-    line = ["--prompts", str(prompts), "--metrics", "compressibility", "--lora"]
-    args = evaluate.parse_args([*line, str(tmp_path / "run" / "checkpoint-2")])
-    assert Path(args.output_dir).resolve() == tmp_path / "run" / "evaluation-checkpoint-2"
-    args = evaluate.parse_args([*line, str(loras["nothing"])])
-    assert Path(args.output_dir).resolve() == Path(loras["nothing"]) / "evaluation"
-
-
-def test_settings_bind_once_there_is_a_picture(tiny, loras, prompts, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(evaluate.Fault, match="the model has at most 16, got 4096"):
-        run(tiny, loras["nothing"], prompts, out, resolution=4096)
-    run(tiny, loras["nothing"], prompts, out)
-    (out / "settings.json").write_text("{}")
-    with pytest.raises(evaluate.Fault, match="holds pictures of another "):
-        run(tiny, loras["nothing"], prompts, out, guidance_scale=3)
-
-
-@pytest.mark.parametrize("name", ["scores.json", "settings.json"])
-@pytest.mark.parametrize(
-    "content", ["", "[1]", '{"a": "b"}', '{"a": 1e300}', '{"a": {}}', "[" * 10**5]
-)
-def test_rubbish_in_the_folder_is_one_line(name, content, tiny, loras, prompts, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / name).write_text(content)
-    if name == "settings.json":
-        (out / "images" / "base").mkdir(parents=True)
-        (out / "images" / "base" / "00000_0.png").touch()
-    with pytest.raises(evaluate.Fault) as fault:
-        run(tiny, loras["nothing"], prompts, out, metrics=BRIGHTNESS)
-    assert str(out) in str(fault.value) and "\n" not in str(fault.value)
-
-
-def change(weights, how):
-    name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
-    if how == "NaN":
-        weights[name][0, 0] = float("nan")
-    elif how == "no tensors":
-        weights.clear()
-    elif how == "other shapes":
-        weights[name] = torch.zeros(4, 7)
-    elif how == "other ranks":
-        weights[name] = torch.zeros(3, 32)
-    elif how == "no dimensions":
-        weights[name.replace("lora_A", "lora_B")] = torch.tensor(1.0)
-    elif how == "no numbers":
-        for name, x in weights.items():
-            weights[name] = x[:0].clone() if "lora_A" in name else x[:, :0].clone()
-    elif how == "half a pair":
-        del weights[name]
-    elif how == "one stray key":
-        weights["transformer.transformer_blocks.9.attn.to_q.lora_A.weight"] = torch.zeros(4, 32)
-    elif how == "keys of another format":
-        return {name.replace("transformer.", "unet.", 1): x for name, x in weights.items()}
-    return weights
-
-
-MISFITS = {
-    "NaN": "transformer.transformer_blocks.0.attn.to_q.lora_[AB].weight holds NaN, infinity",
-    "no tensors": "it is empty",
-    "other shapes": r"attn.to_q has \[4, 7\], \[32, 4\] for \[32, 32\]",
-    "other ranks": r"attn.to_q has \[3, 32\], \[32, 4\] for \[32, 32\]",
-    "no dimensions": "0-d",
-    "no numbers": "lora_[AB].weight holds NaN, infinity, or no real numbers",
-    "half a pair": "the model has no place for .*blocks.0.attn.to_q.lora_B.weight",
-    "one stray key": "the model has no place for .*blocks.9.attn.to_q.lora_A.weight",
-    "keys of another format": "the model has no place for unet.",
+MISTAKES = {
+    "--lora {}": "--lora must be a folder with pytorch_lora_weights.safetensors or adapter_model",
+    "--metrics magic": "no reward 'magic'",
+    "--metrics ocr": "ocr cannot score prompt 1: ",
+    "--metrics {}/own.py:f": "cannot load the reward .*own.py:f: ModuleNotFoundError",
+    "--prompts {}/empty.txt": "empty.txt has no prompts",
+    "--resolution 100": "--resolution must be a multiple of 16, got 100",
+    "--model {}/none": "cannot load --model",
+    "--model {}/wide": "cannot load the LoRA in .*size mismatch",
 }
 
 
-@pytest.mark.parametrize("how", MISFITS)
-def test_a_lora_is_looked_at_before_anything_is_drawn(how, tiny, loras, prompts, tmp_path):
-    """diffusers says nothing of names that fit nothing, and base would be compared with base."""
-    (tmp_path / "lora").mkdir()
-    weights = change(load_file(loras["much"] / evaluate.LORA_FILE), how)
-    save_file(weights, tmp_path / "lora" / evaluate.LORA_FILE)
-    with pytest.raises(
-        evaluate.Fault, match=f"argument --lora: cannot use .*{MISFITS[how]}.*; give one"
-    ) as fault:
-        run(tiny, tmp_path / "lora", prompts, tmp_path / "out", metrics=BRIGHTNESS)
-    assert "\n" not in str(fault.value) and not list((tmp_path / "out").rglob("*.png"))
-
-
-@pytest.mark.parametrize("how", ["NaN", "keys of another format"])
-def test_the_tiny_worlds_look_at_a_lora_too(how, tiny, loras, tmp_path, monkeypatch):
-    weights = change(load_file(loras["much"] / evaluate.LORA_FILE), how)
-    save_file(weights, tmp_path / evaluate.LORA_FILE)
-    shutil.copytree(tiny, tmp_path / "out")
-    line = f"--lora {tmp_path} --out {tmp_path}/out"
-    monkeypatch.setattr("sys.argv", ["shapes.py", *line.split()])
-    with pytest.raises(evaluate.Fault, match=f"argument --lora: cannot use .*{MISFITS[how]}"):
-        shapes.main()
-    with pytest.raises(evaluate.Fault, match="another world: it draws pictures of 16 pixels, and"):
-        save_file(load_file(loras["much"] / evaluate.LORA_FILE), tmp_path / evaluate.LORA_FILE)
-        monkeypatch.setattr(shapes, "SIDE", 64)
-        shapes.main()
-    with pytest.raises(evaluate.Fault, match="argument --out: .* holds out, and no pipeline of a"):
-        shapes.read_arguments(["--out", str(tmp_path)])
-
-
-def test_a_lora_that_is_truncated_is_named(tiny, loras, prompts, tmp_path):
-    (tmp_path / "lora").mkdir()
-    content = (loras["much"] / evaluate.LORA_FILE).read_bytes()
-    for size in (0, 5, len(content) // 2, len(content) - 1):
-        (tmp_path / "lora" / evaluate.LORA_FILE).write_bytes(content[:size])
-        with pytest.raises(evaluate.Fault, match="argument --lora: cannot use ") as fault:
-            run(tiny, tmp_path / "lora", prompts, tmp_path / f"out-{size}", metrics=BRIGHTNESS)
-        assert "\n" not in str(fault.value)
-
-
-def test_it_says_nothing_but_its_own(tiny, loras, prompts, tmp_path):
-    """transformers speaks of torchvision, which nothing here needs."""
-    line = flags(tiny, loras["nothing"], prompts, tmp_path / "out", metrics=BRIGHTNESS)
-    environment = {k: x for k, x in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
-    said = subprocess.run(
-        [sys.executable, "evaluate.py", *line],
-        cwd=ROOT,
-        env={**environment, "MPLBACKEND": "nonsense"},
-        capture_output=True,
-        text=True,
-    )
-    assert said.returncode == 0 and said.stderr == ""
-    assert said.stdout.startswith("6 prompts, 2 each, in 3 steps, by base and ")
-
-
-BAD = {
-    "--lora {}/none": "argument --lora: must be a folder with",
-    "--metrics magic": "argument --metrics: no reward 'magic'",
-    "--prompts {}/empty.txt": "argument --prompts: ",
-    "--metrics geneval": "argument --prompts: prompt 1 is not for geneval",
-    "--seeds 0": "argument --seeds: must be at least 1 and at most 1000, got 0",
-    "--metrics compressibility=2": "argument --metrics: a metric has no weight",
-    "--guidance_scale nan": "argument --guidance_scale: must be at least 1, got nan",
-    "--resolution 4096": "argument --resolution: the model has at most",
-    "--resolution 100": "argument --resolution: must be a multiple of 16, got 100",
-    "--reward_model clip": "argument --reward_model: must be name=path, got clip",
-    "--reward_model ocr=x": "argument --reward_model: ocr is not among ",
-    "--seeds 1000 --prompts {}/many.txt": "argument --seeds: 1001 prompts of each are 1001000 pic",
-    "--metrics ocr ocr": "argument --metrics: ocr is there twice; give it once",
-    "--reward_model {}=x": "argument --reward_model: ",
-    "--output_dir {}": "holds empty.txt, and no evaluation; give a new folder, or an empty one",
-    "--nonsense 3": "unrecognized arguments: --nonsense 3",
-    "--model {}/none": "cannot load",
-}
-
-
-@pytest.mark.parametrize("line", BAD)
-def test_bad_input_is_one_line(line, tiny, loras, prompts, tmp_path):
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_reported_before_anything_is_drawn(line, tiny, loras, prompts, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "many.txt").write_text("a\n" * 1001)
-    given = {"metrics": None} if "--metrics" in line else {}
-    argv = flags(tiny, loras["nothing"], prompts, tmp_path / "out", **given)
-    argv += line.format(tmp_path).split()
-    with pytest.raises(evaluate.Fault) as fault:
-        evaluate.evaluate(evaluate.parse_args(argv))
-    assert BAD[line] in str(fault.value) and "\n" not in str(fault.value)
-
-
-def test_a_bad_argument_is_answered_before_a_library_is_loaded():
-    """Here none can be."""
-    command = [sys.executable, "-S", "evaluate.py", "--seeds", "0"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2
-    said = "argument --seeds: must be at least 1 and at most 1000, got 0"
-    assert ended.stderr == f"evaluate.py: {said}\n"
-
-
-def test_the_lora_is_looked_for_where_diffusers_puts_it():
-    assert evaluate.LORA_FILE == sd35.LORA_FILE
-
-
-def test_what_is_missing_is_asked_for():
-    with pytest.raises(evaluate.Fault, match="argument --lora: must be a folder with"):
-        evaluate.parse_args([])
-
-
-def test_a_lora_of_another_model_is_named(tiny, loras, prompts, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(loras["nothing"], other)
-    shapes.build(width=64, layers=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(evaluate.Fault, match="argument --lora: cannot use .* has .* for "):
-        run(tmp_path / "model", other, prompts, tmp_path / "out")
+    (tmp_path / "own.py").write_text("import no_such_package\ndef f(images): return [1]\n")
+    if "wide" in line:
+        shapes.build(width=64, layers=2).save_pretrained(tmp_path / "wide")
+    settings = settings_of(tiny, loras["much"], prompts, tmp_path / "out")
+    flag, value = line.format(tmp_path).removeprefix("--").split()
+    flag = flag.replace("model", "pretrained_model_name_or_path")
+    value = [value] if flag == "metrics" else int(value) if value.isdecimal() else value
+    setattr(settings, flag, value)
+    with pytest.raises((UserError, evaluate.rewards.RewardError), match=MISTAKES[line]):
+        evaluate.evaluate(settings)
+    assert not images(tmp_path)
