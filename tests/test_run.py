@@ -20,28 +20,38 @@ import train_sd35
 from rewards import RewardError
 from sd35 import run
 from sd35.lora import LORA_FILE
-from sd35.model import decode
 from sd35.settings import Settings, UserError, parse
 
 # How a script ends
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (UserError("no such thing"), 2, "a.py: no such thing\n"),
-        (RewardError("it failed"), 2, "ZeroDivisionError: by zero\na.py: it failed\n"),
-        (KeyboardInterrupt(), 130, "a.py: interrupted\n"),
-    ],
-)
-def test_a_script_ends_with_one_sentence_and_a_code(error, code, said, monkeypatch, capsys):
-    def main():
-        raise error from (ZeroDivisionError("by zero") if code == 2 else None)
+def terminated():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
 
+
+def mistaken():
+    raise UserError("no such thing")
+
+
+def rewarded_badly():
+    raise RewardError("it failed") from ZeroDivisionError("by zero")
+
+
+ENDS = {
+    terminated: (130, "a.py: interrupted\n"),
+    mistaken: (2, "a.py: no such thing\n"),
+    rewarded_badly: (2, "ZeroDivisionError: by zero\na.py: it failed\n"),
+}
+
+
+@pytest.mark.parametrize("main", ENDS)
+def test_a_script_ends_with_one_sentence_and_a_code(main, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["folder/a.py"])
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as end:
         run.run_script(main)
+    code, said = ENDS[main]
     assert end.value.code == code and capsys.readouterr().err.endswith(said)
 
 
@@ -282,31 +292,3 @@ def test_a_tracker_that_accelerate_lacks_is_refused(monkeypatch):
     with pytest.raises(UserError, match="--report_to tensorboard needs `pip install tensorboard`"):
         run.check_tracker("tensorboard")
     run.check_tracker("wandb")
-
-
-class Device(str):
-    """The CPU, which is taken for a GPU."""
-
-    type = "cuda"
-
-
-@pytest.mark.parametrize(
-    ("checkpointing", "expected"), [(None, [10, 5, 10, 5, 3]), (False, [10, 5, 3])]
-)
-def test_auto_takes_what_fits_in_memory(checkpointing, expected, tiny_model, tiny, monkeypatch):
-    """Both times of a group, one, and without recomputation first; then parts of a group."""
-    tried = []
-
-    def small_memory(vae, latents):
-        tried.append(len(latents))
-        if len(latents) > 3:
-            raise torch.OutOfMemoryError
-        return decode(vae, latents)
-
-    monkeypatch.setattr("sd35.model.decode", small_memory)
-    monkeypatch.setattr(type(tiny_model), "device", Device("cpu"))
-    chosen = settings(tiny, "out", group_size=5, gradient_checkpointing=checkpointing)
-    assert run.fit_micro_batch(tiny_model, chosen) == 3
-    assert tried == expected and tiny_model.images_per_pass == 3
-    assert tiny_model.pipe.transformer.gradient_checkpointing == (checkpointing is None)
-    assert all(parameter.grad is None for parameter in tiny_model.theta)

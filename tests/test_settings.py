@@ -55,6 +55,8 @@ def test_flags_win_over_the_file_which_wins_over_the_released_settings(tmp_path)
     settings = parse(Settings, ["--kl", "0", "--config", f"{tmp_path}/a.yaml"])
     values = (settings.kl, settings.clip, settings.std, settings.guidance_scale, settings.beta)
     assert values == (0, 0.5, "group", 1.0, 100.0)  # of flag, file, geneval, cfg_free, all
+    settings = parse(Settings, ["--recipe", "cfg_free_ema", "--reward", "pickscore"])
+    assert (settings.beta, settings.group_size) == (2000, 24)  # the recipe wins over the task
 
 
 def test_a_flag_has_two_spellings_and_a_switch_has_a_no():
@@ -69,7 +71,6 @@ def test_a_flag_has_two_spellings_and_a_switch_has_a_no():
         ("mixed_precision: no", "mixed_precision", "no"),  # which YAML reads as false
         ("gradient-checkpointing: no", "gradient_checkpointing", False),
         ("learning_rate: 1e-4", "learning_rate", 1e-4),  # which YAML reads as a string
-        ("micro_batch_size: 2", "micro_batch_size", "2"),
         ("reward: [ocr, pickscore=2]", "reward", ["ocr", "pickscore=2"]),
     ],
 )

@@ -31,7 +31,7 @@ from tiny_run import (
 import dgpo
 import train_sd35
 from sd35 import model as sd35
-from sd35.run import Clock, Interrupts, checkpoints, run_script
+from sd35.run import Clock, Interrupts, checkpoints, fit_micro_batch, run_script
 from sd35.settings import Settings, UserError, learning_rate_at, parse
 from tiny_sd35 import shapes
 
@@ -168,24 +168,32 @@ def test_rollouts_are_by_theta_then_by_theta_old_or_offline_by_the_reference(tin
 
 
 @pytest.mark.parametrize(("reward", "updates"), [("ocr", 2), ("pickscore", 4)])
-def test_averages_follow_as_in_the_released_trainer(reward, updates, tiny, tmp_path):
-    """The saved average after 7, 15, ... steps; theta_old at a decay that rises to 0.3."""
+@torch.no_grad()
+def test_the_saved_average_follows_as_in_the_released_trainer(reward, updates, tiny, tmp_path):
+    """It is updated after 7, 15, ... steps; first it is all ones here, and theta all zeros."""
     trainer = build(tiny, tmp_path)
     trainer.settings.ema_updates = parse(Settings, ["--reward", reward]).ema_updates
-    for first, old, theta in zip(
-        trainer.model.average, trainer.model.old, trainer.model.theta, strict=True
-    ):
-        first.fill_(1.0), old.fill_(1.0), theta.data.fill_(0.0)
-    average, old = [], []
+    for first, theta in zip(trainer.model.average, trainer.model.theta, strict=True):
+        first.fill_(1.0)
+        theta.fill_(0.0)
+    average = []
     for step in range(50):
         trainer.follow(step)
-        average.append(trainer.model.average[0].flatten()[0].item())
-        old.append(trainer.model.old[0].flatten()[0].item())
-        trainer.model.old[0].fill_(1.0)
+        average.append(trainer.model.average[0].mean().item())
     factors = [((1 + n) / (10 + n)) ** updates for n in (7, 15, 23, 31, 39, 47)]
     assert average[5:7] == [1.0, pytest.approx(factors[0])]
     assert average[-1] == pytest.approx(math.prod(factors), rel=1e-4)
-    assert old == pytest.approx([0.001 * step for step in range(50)], abs=1e-6)
+
+
+@torch.no_grad()
+def test_theta_old_follows_at_a_decay_that_rises_to_0_3(tiny, tmp_path):
+    trainer = build(tiny, tmp_path)
+    old, theta = trainer.model.old[0], trainer.model.theta[0]
+    theta.fill_(0.0)
+    for step, decay in ((0, 0), (100, 0.1), (299, 0.299), (500, 0.3)):
+        old.fill_(1.0)
+        trainer.follow(step)
+        assert old.mean().item() == pytest.approx(decay)
 
 
 def test_a_group_is_scored_while_the_next_is_drawn(tiny, tmp_path, monkeypatch):
@@ -222,6 +230,35 @@ def test_no_finite_score_is_one_sentence(tiny, tmp_path):
     trainer = build(tiny, tmp_path, reward=f"{REWARD}:nan_for_all")
     with pytest.raises(UserError, match="step 1: no group of this step has finite rewards; fix"):
         trainer.take_step([{"prompt": TEXT}], 0)
+
+
+class Device(str):
+    """The CPU, which is taken for a GPU."""
+
+    type = "cuda"
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "expected"), [(None, [10, 5, 10, 5, 3]), (False, [10, 5, 3])]
+)
+def test_auto_takes_what_fits_in_memory(checkpointing, expected, tiny, tmp_path, monkeypatch):
+    """Both times of a group, one, and without recomputation first; then parts of a group."""
+    tried, decode = [], sd35.decode
+
+    def small_memory(vae, latents):
+        tried.append(len(latents))
+        if len(latents) > 3:
+            raise torch.OutOfMemoryError
+        return decode(vae, latents)
+
+    trainer = build(tiny, tmp_path, group_size=5, gradient_checkpointing=checkpointing)
+    model = trainer.model
+    monkeypatch.setattr(sd35, "decode", small_memory)
+    monkeypatch.setattr(sd35.Model, "device", Device("cpu"))
+    assert fit_micro_batch(model, trainer.settings) == 3
+    assert tried == expected and model.images_per_pass == 3
+    assert model.pipe.transformer.gradient_checkpointing == (checkpointing is None)
+    assert all(parameter.grad is None for parameter in model.theta)
 
 
 # Prompts and settings
