@@ -205,18 +205,18 @@ def test_metadata_that_no_picture_can_be_judged_by_is_refused(metadata, message)
 
 @pytest.fixture(scope="module")
 def judges():
-    """The three rewards on objects that a stub finds: three dogs and a car."""
-    objects = {"dog": [here, left, far], "car": [left]}
+    """The three rewards on what a stub detects: three dogs and a car, but only one dog surely."""
+    objects = {0.3: {"dog": [here, left, far], "car": [left]}, 0.9: {"dog": [here]}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geneval, "load_detector", lambda *_: lambda image, threshold: objects)
+        patch.setattr(geneval, "load_detector", lambda *_: lambda image, sure: objects[sure])
         patch.setattr(geneval, "load_classifier", lambda *_: lambda image, *seen: is_red(*seen))
         return [module.load("cpu") for module in MODULES]
 
 
-def test_three_rewards_judge_the_same_objects(judges):
-    """One dog is asked for and three are found."""
-    metadata = [{"tag": "single_object", "include": [DOG]}]
-    assert [judge(torch.rand(1, 3, 8, 8), metadata) for judge in judges] == [[0], [1], [-1]]
+def test_three_rewards_judge_the_same_objects_and_counting_the_sure_ones(judges):
+    for tag, verdicts in (("single_object", [0, 1, -1]), ("counting", [1, 1, 1])):
+        metadata = [{"tag": tag, "include": [DOG]}]
+        assert [judge(torch.rand(1, 3, 8, 8), metadata)[0] for judge in judges] == verdicts
 
 
 NUMBERS = st.sampled_from([None, 0, 1, 2, 1.0, 1.5, "1", "0", "x", -1, 17, math.nan, True, [1]])

@@ -212,12 +212,9 @@ def test_signs_are_read(name, reward):
 def test_a_box_is_read_alike_whatever_stands_beside_it():
     """In a batch, boxes are padded to the widest, which changes what is read and how surely."""
     pytest.importorskip("rapidocr")
-    engine, images = ocr.build_engine(), torch.stack([sign("10 %"), sign("A LONGER LINE", size=40)])
-    short, long = (picture[162:222] for picture in rewards.to_bytes(images))
-    alone, beside = (
-        engine.recognize_txt([short[:, 120:264]]),
-        engine.recognize_txt([short[:, 120:264], long]),
-    )
+    engine, long = ocr.build_engine(), sign("A LONG LINE OF WORDS", size=28)[:, 172:212]
+    short, long = (rewards.to_bytes(x[None])[0] for x in (sign("10 %")[:, 162:222, 120:264], long))
+    alone, beside = engine.recognize_txt([short]), engine.recognize_txt([short, long])
     assert (alone.txts[0], alone.scores[0]) == (beside.txts[0], beside.scores[0])
 
 
