@@ -192,7 +192,7 @@ def as_it_stands(box: np.ndarray, reading: tuple, turned: tuple) -> str:
 def load(device: torch.device | str, model: str | None = None, line: int | None = None) -> Reward:
     """The paper's OCR reward, 0 to 1, by RapidOCR on the CPU.
 
-    About 3 images of 512 px a second on two cores, all of which it uses. Its PP-OCR models
+    About 4 images of 512 px a second on two cores, all of which it uses. Its PP-OCR models
     (Apache-2.0) are part of the package.
 
     line: each image is one upright line of text and nothing else, seen 48 pixels high and at least
