@@ -64,7 +64,7 @@ class Trainer:
         pipe.transformer.to(self.device)
         pipe.vae.to(self.device)
         checkpointing = settings.gradient_checkpointing is not False  # until auto knows better
-        lora = settings.rank, settings.lora_alpha, settings.seed, checkpointing
+        lora = (settings.rank, settings.lora_alpha, settings.seed, checkpointing)
         theta = add_lora(pipe.transformer, *lora)
         if settings.init_lora:
             start_from_lora(pipe, theta, settings.init_lora)
@@ -74,8 +74,7 @@ class Trainer:
             theta, settings.learning_rate, weight_decay=settings.adam_weight_decay
         )
 
-        # One thread for the whole run loads the rewards and calls them, while the next group is
-        # drawn.
+        # One thread loads the rewards and calls them all, while the next group is drawn.
         self.reward_thread = ThreadPoolExecutor(1, "reward", self.on_device)
         self.rewards = self.load_rewards("reward")
         self.watched = {**self.rewards, **self.load_rewards("eval_reward")}
@@ -87,14 +86,15 @@ class Trainer:
     def load_rewards(self, flag: str) -> Rewards:
         """The rewards of --reward or --eval_reward, loaded in their thread."""
         models = dict(pair.split("=", 1) for pair in self.settings.reward_model)
+        device, weights = (
+            run.reward_device(self.device),
+            rewards.parse(getattr(self.settings, flag)),
+        )
         loading = {
-            name: (
-                weight,
-                self.reward_thread.submit(rewards.load, name, self.device, models.get(name)),
-            )
-            for name, weight in rewards.parse(getattr(self.settings, flag)).items()
+            name: self.reward_thread.submit(rewards.load, name, device, models.get(name))
+            for name in weights
         }
-        return {name: (weight, reward.result()) for name, (weight, reward) in loading.items()}
+        return {name: (weights[name], reward.result()) for name, reward in loading.items()}
 
     def own(self, groups: Sequence) -> Sequence:
         """This process's groups of a step: every N-th."""

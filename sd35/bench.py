@@ -29,17 +29,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgpo
-from sd35.lora import add_lora, quantize_int8
+from sd35.lora import add_lora, int8_config
 from sd35.model import DECODED, TIMES, TRAINING_NOISE, Encoded, load_pipeline, seeded
-from sd35.run import Clock, fit_micro_batch, run_script
+from sd35.run import REWARD_ROOM, Clock, fit_micro_batch, run_script
 from sd35.settings import Settings, parse
 from train_sd35 import Trainer, launch
 
 REPEATS = 5  # how often work is timed
 TEXT = "a prompt"
 DEFAULT = Settings.pretrained_model_name_or_path  # stands for random weights
-T5_GB = 9.5246  # T5-XXL's encoder in bf16, the largest text encoder
+T5_GB = {"none": 9.5246, "int8": 4.8941}  # T5-XXL's encoder, the largest: in bf16, in int8
 PICKSCORE_GB, PICKSCORE_TFLOP = 3.9, 0.33459  # in float32; its network of images, for one image
+CARDS = (8, 16, 24, 40, 80)  # GB
 
 # The networks' geometry, where it is not the default of their classes
 MEDIUM = dict(
@@ -106,6 +107,8 @@ def count_sizes(settings: Settings) -> SimpleNamespace:
 
     with torch.device("meta"), patch.object(F, "scaled_dot_product_attention", attention):
         size.transformer, size.vae = count(transformer), count(vae)
+        linear = [layer for layer in transformer.modules() if isinstance(layer, nn.Linear)]
+        size.linear = sum(layer.weight.numel() for layer in linear) / 1e9
         size.reference = tflop(forward)
         size.decode = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
         add_lora(transformer, settings.rank, settings.lora_alpha, settings.seed, False)
@@ -116,9 +119,7 @@ def count_sizes(settings: Settings) -> SimpleNamespace:
         transformer.enable_gradient_checkpointing()
         inputs = saved()
         size.checkpointed = inputs + (size.whole - inputs) / 24  # a block at a time is recomputed
-        if settings.gradient_checkpointing is False:
-            transformer.disable_gradient_checkpointing()
-        size.backward = tflop(lambda: forward().sum().backward())
+        size.backward = tflop(lambda: forward().sum().backward())  # with the recomputation
     return size
 
 
@@ -130,7 +131,8 @@ def step_tflop(settings: Settings, size: SimpleNamespace) -> dict[str, float]:
     in_parts = settings.micro_batch_size != "auto" and int(settings.micro_batch_size) < m
     # theta_old for clip, bound or as the reference, and theta for the gap of a group in parts
     passes = bool(settings.clip or settings.bound or settings.ema_reference) + in_parts
-    train = guided_reference * size.reference + passes * size.theta + size.backward
+    backward = size.backward - (settings.gradient_checkpointing is False) * size.theta
+    train = guided_reference * size.reference + passes * size.theta + backward
     each = {
         "rollout": settings.num_inference_steps * guided * size.theta,
         "decode": size.decode,
@@ -140,35 +142,60 @@ def step_tflop(settings: Settings, size: SimpleNamespace) -> dict[str, float]:
     return {name: settings.prompts_per_step * G * count for name, count in each.items()}
 
 
+def choice(settings: Settings, size: SimpleNamespace, room: float) -> Settings | None:
+    """What --micro_batch_size auto would choose with so many GB beside the weights, if anything."""
+    m = settings.train_samples or settings.group_size
+    fits, with_checkpoints = int(room / size.whole), int(room / size.checkpointed)
+    if fits >= m and settings.gradient_checkpointing is not True:
+        return replace(settings, micro_batch_size=str(m), gradient_checkpointing=False)
+    most = fits if settings.gradient_checkpointing is False else with_checkpoints
+    return replace(settings, micro_batch_size=str(min(most, m))) if most else None
+
+
 def plan(settings: Settings) -> None:
     """Print what SD3.5 Medium takes in bf16 at these settings: counted, not measured."""
     size, n = count_sizes(settings), int(settings.micro_batch_size.replace("auto", "1"))
-    transformer, lora, vae = 2 * size.transformer, 24 * size.lora, 4 * size.vae
-    always, encoding = transformer + lora + vae, T5_GB + 16 * size.lora
+    int8 = settings.quantize == "int8"
+    transformer = 2 * size.transformer - int8 * size.linear
+    lora, vae, t5 = 24 * size.lora, 4 * size.vae, T5_GB[settings.quantize]
+    always, encoding = transformer + lora + vae, t5 + 16 * size.lora
     # The decoder's widest map has 256 channels at full size; a few of them live at once.
     decode = 4 * (256 * settings.resolution**2 * 4) / 1e9
-    at_once = max(1, DECODED // (settings.resolution // 8) ** 2)  # the VAE has passes of its own
+    at_once = min(n, max(1, DECODED // (settings.resolution // 8) ** 2))
+    training, decoding = always + n * size.checkpointed, always + at_once * decode
+    peak = max(encoding, training, decoding)
+    held = "linear layers in int8" if int8 else "in bf16"
     print(f"SD3.5 Medium in bf16 at {settings.resolution} px, LoRA of rank {settings.rank}, in GB")
-    print(f"{transformer:8.2f}  transformer, {size.transformer:.2f} G weights in bf16")
+    print(f"{transformer:8.2f}  transformer, {size.transformer:.2f} G weights, {held}")
     print(f"{lora:8.2f}  LoRA, {1000 * size.lora:.1f} M in float32, gradient, Adam, averages")
     print(f"{vae:8.2f}  VAE in float32")
-    print(f"{T5_GB:8.2f}  T5 in bf16, the largest text encoder, without activations")
+    print(f"{t5:8.2f}  T5, the largest text encoder, {held}, without activations")
     print(f"{encoding:8.2f}  together, while prompts are encoded, without transformer and VAE")
-    print(f"{always + n * size.checkpointed:8.2f}  together, training, images per pass: {n}")
+    print(f"{training:8.2f}  together, training, images per pass: {n}")
     print(f"{always + n * size.whole:8.2f}  the same without gradient checkpointing")
-    print(f"{always + min(n, at_once) * decode:8.2f}  together, decoding, roughly")
-    print(f"Most images per pass, if a tenth and {PICKSCORE_GB} GB for PickScore stay free:")
-    for card in (16, 24, 40, 80):
-        room = 0.9 * card - PICKSCORE_GB
-        decodes = always + at_once * decode <= room
-        each = [size.checkpointed, size.whole] if decodes else [decode, decode]
-        most, without = (int((room - always) / gigabytes) for gigabytes in each)
-        text = f"{most}, and {without} without gradient checkpointing"
-        print(f"{card:8} GB  {text if room > encoding else 'no room for a text encoder'}")
+    print(f"{decoding:8.2f}  together, decoding, roughly")
+    print(f"{peak:8.2f}  at most; {peak + PICKSCORE_GB:.2f} with PickScore on the GPU")
+
+    P, G = settings.prompts_per_step, settings.group_size
+    print(
+        f"What auto chooses, if a tenth of the card stays free, and the step of {P} groups of {G}:"
+    )
+    for card in CARDS:
+        on_gpu = card >= REWARD_ROOM  # or rewards run on the CPU
+        room = 0.9 * card - PICKSCORE_GB * on_gpu
+        chosen = choice(settings, size, room - always) if max(encoding, decoding) < room else None
+        text = "too small" if int8 else "too small; try --quantize int8"
+        if chosen:
+            text = f"{chosen.micro_batch_size} images per pass, "
+            text += (
+                "nothing recomputed" if chosen.gradient_checkpointing is False else "recomputing"
+            )
+            text += f", {sum(step_tflop(chosen, size).values()):.0f} TFLOP"
+        print(f"{card:8} GB  {text}")
 
     work, n = step_tflop(settings, size), settings.max_train_steps
     total = sum(work.values())
-    print(f"TFLOP of a step of {settings.prompts_per_step} groups of {settings.group_size}:")
+    print(f"TFLOP of a step of {P} groups of {G}, a group in one pass:")
     for name, count in {**work, "together": total}.items():
         print(f"{count:8.0f}  {name}")
     for rate, card in (400, "an H100 at best"), (70, "a card of 24 GB, perhaps"):
@@ -183,7 +210,9 @@ def prepare(settings: Settings) -> tuple[Trainer, Tensor, Tensor]:
     torch.manual_seed(settings.seed)
     pipe = random_pipeline(dtype, device) if name == DEFAULT else load_pipeline(name, dtype)
     if settings.quantize == "int8":
-        quantize_int8(pipe.transformer)
+        from torchao.quantization import quantize_
+
+        quantize_(pipe.transformer, int8_config())
     settings = replace(settings, reward=["compressibility"], eval_reward=[])  # without weights
     trainer = Trainer(settings, accelerator, pipe)
 

@@ -25,14 +25,13 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def quantize_int8(*modules: nn.Module | None) -> None:
-    """Hold the weights of all linear layers in 8 bits, in place, before a LoRA is added to them."""
+def int8_config() -> Any:
+    """torchao's configuration for 8-bit weights. Raises UserError if torchao is missing."""
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig
     except ImportError:
         raise UserError("--quantize int8 needs `pip install torchao`") from None
-    for module in filter(None, modules):
-        quantize_(module, Int8WeightOnlyConfig(version=2))
+    return Int8WeightOnlyConfig(version=2)
 
 
 def add_lora(

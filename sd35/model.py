@@ -22,12 +22,13 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.training_utils import offload_models
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
 from sd35.gradient import Velocity
-from sd35.lora import one_line, quantize_int8
+from sd35.lora import int8_config, one_line
 from sd35.settings import Settings, UserError
 
 Context = Callable[[], AbstractContextManager]
@@ -48,17 +49,21 @@ def load_pipeline(model: str, dtype: torch.dtype, quantize: str = "none") -> Any
     Transformer and text encoders are in dtype, the VAE in float32. quantize: "int8" holds the
     linear layers of the transformer and of T5 in 8 bits. Raises UserError.
     """
-    if quantize == "int8":
-        quantize_int8()  # fails at once if torchao is missing
+    int8 = int8_config() if quantize == "int8" else None
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     kind, dtypes = diffusers.StableDiffusion3Pipeline, {"default": dtype, "vae": torch.float32}
     try:
         folder = model if Path(model).is_dir() else kind.download(model)
-        parts = kind.load_config(folder).items()
-        absent = {name: None for name, part in parts if part == [None, None]}  # T5 may be
-        pipe = kind.from_pretrained(folder, dtype=dtypes, **absent)
+        index = kind.load_config(folder).items()
+        options = {name: None for name, part in index if part == [None, None]}  # T5 may be absent
+        if int8 is not None:
+            parts = {"transformer": diffusers.TorchAoConfig(int8)}
+            if "text_encoder_3" not in options:
+                parts["text_encoder_3"] = transformers.TorchAoConfig(int8)
+            options["quantization_config"] = PipelineQuantizationConfig(quant_mapping=parts)
+        pipe = kind.from_pretrained(folder, dtype=dtypes, **options)
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         hint = "give its name on the hub, or a folder that save_pretrained has written"
         if isinstance(error.__cause__, HfHubHTTPError):
@@ -68,8 +73,6 @@ def load_pipeline(model: str, dtype: torch.dtype, quantize: str = "none") -> Any
     for module in pipe.components.values():
         if isinstance(module, nn.Module):
             module.requires_grad_(False).eval()
-    if quantize == "int8":
-        quantize_int8(pipe.transformer, pipe.text_encoder_3)
     return pipe
 
 
@@ -161,8 +164,8 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
 
-# Latent positions per pass of the VAE, 4 images of 512 px: in float32, it needs much memory.
-DECODED = 4 * 64 * 64
+# Latent positions per pass of the VAE, which is in float32: an image of 512 pixels at a time.
+DECODED = 64 * 64
 
 
 @dataclass

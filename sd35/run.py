@@ -32,6 +32,10 @@ from sd35.lora import LORA_FILE, save_lora
 from sd35.model import Model
 from sd35.settings import Settings, UserError
 
+# GB of GPU memory from which on the rewards share the GPU; on smaller ones they run on the CPU,
+# beside the rollout.
+REWARD_ROOM = 12
+
 # What a resumed run may change, because it does not change the steps.
 FREE_TO_CHANGE = (
     "max_train_steps micro_batch_size gradient_checkpointing checkpointing_steps output_dir config "
@@ -280,6 +284,14 @@ def track(accelerator: Accelerator, metrics: dict[str, Any], image: np.ndarray |
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": image[None]}, step=metrics["step"], **layout)
+
+
+def reward_device(device: torch.device) -> torch.device:
+    """Where rewards run: the trainer's device, or the CPU beside a small GPU."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+        return device if memory >= REWARD_ROOM else torch.device("cpu")
+    return device
 
 
 def fit_micro_batch(model: Model, settings: Settings) -> int:
