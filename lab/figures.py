@@ -54,7 +54,7 @@ def save(figure: Figure, path: Path, x: str, y: str, axes: Sequence[Axes]) -> No
     figure.supylabel(y, fontsize=17)
     lines = {line.get_label(): line for panel in axes for line in panel.get_lines()}
     named = {label: line for label, line in lines.items() if label[0] != "_"}
-    where = {"loc": "outside upper center", "ncols": 3, "fontsize": 14}
+    where = {"loc": "outside upper center", "ncols": 3, "fontsize": 13}
     figure.legend(named.values(), named.keys(), **where)
 
     def write(file: Path) -> None:
@@ -84,10 +84,10 @@ def plot_curves(path: Path, reports: Reports, goals: dict[str, Goal]) -> None:
 
 FAMILY = {
     "AWM": "AWM: A times a parabola",
-    "DGPO": "DGPO, DPO, GPO: inside a gate (beta 1)",
-    "Bounded DGPO": "Bounded DGPO (2), its gate left out",
+    "DGPO": "DGPO, DPO, GPO: in a gate (beta 1)",
+    "Bounded DGPO": "Bounded DGPO (2), without its gate",
     "DiffusionNFT": "DiffusionNFT (b = 0.4), undivided",
-    "Flow-GRPO": "Flow-GRPO: A times a ratio, unclipped",
+    "Flow-GRPO": "Flow-GRPO: A times a ratio",
 }
 
 

@@ -325,8 +325,11 @@ class Computer:
             paths[task] = self.folder / name / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         missing = [(path, function, task) for task, path in paths.items() if not path.exists()]
         if missing:
-            for _ in tqdm(self.map(missing), f"{name}: {title}", len(missing)):
-                pass
+            try:
+                list(tqdm(self.map(missing), f"{name}: {title}", len(missing)))
+            except BaseException:
+                self.pool.terminate()  # rather than let the workers finish their runs
+                raise
         return [json.loads(paths[task].read_text("utf-8")) for task in tasks]
 
     def map(self, jobs: list[tuple[Path, Callable, tuple]]) -> Iterator[None]:

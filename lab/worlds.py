@@ -226,14 +226,11 @@ def draw(
     return c, rewards, trajectory, times
 
 
-# A run of it, evaluated on the way.
-
 EVALUATION_STEPS = 20  # of the ODE solver; rollouts take 10 or fewer, as the paper's do
 SAMPLES = 64  # for each condition in an evaluation
 FIRST, APART = 10_000, 1.1  # evaluations are 10,000 forwards apart, and later 10 % of the cost
 FOLLOWED = 4.0  # a successful run ends at this many times its cost to reach the goal ...
 AT_LEAST = 0.25  # ... and not before this share of the world's budget
-
 
 RUNGS = ((1, 0.4, 8), (3, 1.0, 3), (12, 1.0, 1))
 CHEAP = {"prompts_per_step": 4, "num_inference_steps": 5, "updates_per_rollout": 4}
