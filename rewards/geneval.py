@@ -287,7 +287,8 @@ def graded(prompt: dict, objects: Objects, name_colors: NameColors) -> float:
 def load(device: torch.device | str, model: str | None = None, verdict: Verdict = graded) -> Reward:
     """GenEval's graded verdict, 0 to 1, or another verdict on the same objects and colors.
 
-    GenEval's own Mask2Former (0.3 GB, fetched and converted once) and CLIP ViT-L/14 (1.7 GB).
+    GenEval's own Mask2Former (0.3 GB, fetched and converted once) and CLIP ViT-L/14 (1.7 GB), with
+    the packages scipy and opencv-python-headless (of which rapidocr brings the latter).
     model: others, as "detector", "detector,clip" or ",clip", by name or folder, the detector also
     as mmdet's file (.pth). "facebook/mask2former-swin-small-coco-instance" works, but its numbers
     are not GenEval's. The reward raises ValueError for a prompt that `check_prompt` refuses.

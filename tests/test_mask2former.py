@@ -162,14 +162,14 @@ def test_all_of_the_published_tensors_have_a_place():
     with torch.device("meta"):
         own = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(num_labels=80)).state_dict()
         state = {name: torch.empty(shape) for name, shape in mmdet_shapes(**SWIN_S).items()}
-    found = {}
+    places = {}
     for name, tensor in state.items():
         for new, part in mask2former.renamed(name, tensor).items():
-            assert new not in found
-            found[new] = part.shape
-    found = {name: x for name, x in found.items() if not name.endswith("relative_position_index")}
-    assert found.keys() | mask2former.UNUSED == own.keys() and len(found) == 757
-    assert all(shape == own[name].shape for name, shape in found.items())
+            assert new not in places
+            places[new] = part.shape
+    places = {name: x for name, x in places.items() if not name.endswith("relative_position_index")}
+    assert places.keys() | mask2former.UNUSED == own.keys() and len(places) == 757
+    assert all(shape == own[name].shape for name, shape in places.items())
 
 
 def test_the_network_says_what_mmdet_says(checkpoint):
