@@ -94,13 +94,13 @@ def search(cost_of, plan=worlds.PLAN):
 
 
 def test_a_search_prefers_what_holds_to_what_is_fast():
-    """Half the runs of a fast setting fail, on seeds that only the last rung sees."""
+    """Most runs of a fast setting fail, on seeds that only the last rung sees."""
     fast = protocol.drawn(Setting(), METHODS["DGPO"].space, worlds.PLAN.drawn)[3]
 
     def cost(setting, seed):
         if setting == fast:
             return 100_000 if seed < 103 else None
-        return 500_000 + 1e5 * abs(setting.beta - 3)
+        return 1_300_000 + 1e3 * abs(setting.beta - 3)
 
     result, calls = search(cost)
     assert Setting(**result["best"]) != fast
