@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dgpo
 from sd35.lora import add_lora, int8_config
-from sd35.model import DECODED, TIMES, TRAINING_NOISE, Encoded, load_pipeline, seeded
+from sd35.model import TIMES, TRAINING_NOISE, Encoded, load_pipeline, seeded
 from sd35.run import REWARD_ROOM, Clock, fit_micro_batch, run_script
 from sd35.settings import Settings, parse
 from train_sd35 import Trainer, launch
@@ -155,35 +155,35 @@ def choice(settings: Settings, size: SimpleNamespace, room: float) -> Settings |
 def plan(settings: Settings) -> None:
     """Print what SD3.5 Medium takes in bf16 at these settings: counted, not measured."""
     size, n = count_sizes(settings), int(settings.micro_batch_size.replace("auto", "1"))
-    int8 = settings.quantize == "int8"
-    transformer = 2 * size.transformer - int8 * size.linear
-    lora, vae, t5 = 24 * size.lora, 4 * size.vae, T5_GB[settings.quantize]
-    always, encoding = transformer + lora + vae, t5 + 16 * size.lora
+    P, G, int8 = settings.prompts_per_step, settings.group_size, settings.quantize == "int8"
     # The decoder's widest map has 256 channels at full size; a few of them live at once.
     decode = 4 * (256 * settings.resolution**2 * 4) / 1e9
-    at_once = min(n, max(1, DECODED // (settings.resolution // 8) ** 2))
-    training, decoding = always + n * size.checkpointed, always + at_once * decode
-    peak = max(encoding, training, decoding)
-    held = "linear layers in int8" if int8 else "in bf16"
-    print(f"SD3.5 Medium in bf16 at {settings.resolution} px, LoRA of rank {settings.rank}, in GB")
-    print(f"{transformer:8.2f}  transformer, {size.transformer:.2f} G weights, {held}")
-    print(f"{lora:8.2f}  LoRA, {1000 * size.lora:.1f} M in float32, gradient, Adam, averages")
-    print(f"{vae:8.2f}  VAE in float32")
-    print(f"{t5:8.2f}  T5, the largest text encoder, {held}, without activations")
-    print(f"{encoding:8.2f}  together, while prompts are encoded, without transformer and VAE")
-    print(f"{training:8.2f}  together, training, images per pass: {n}")
-    print(f"{always + n * size.whole:8.2f}  the same without gradient checkpointing")
-    print(f"{decoding:8.2f}  together, decoding, roughly")
-    print(f"{peak:8.2f}  at most; {peak + PICKSCORE_GB:.2f} with PickScore on the GPU")
+    memory = {
+        "transformer": 2 * size.transformer - int8 * size.linear,
+        "LoRA of rank {rank} in float32, with gradient, Adam and averages": 24 * size.lora,
+        "VAE in float32": 4 * size.vae,
+    }
+    always, encoding = sum(memory.values()), T5_GB[settings.quantize] + 16 * size.lora
+    memory |= {
+        "together, while T5 encodes prompts, without transformer and VAE": encoding,
+        f"together, training, images per pass: {n}": always + n * size.checkpointed,
+        "the same without gradient checkpointing": always + n * size.whole,
+        "together, decoding an image, roughly": always + decode,
+    }
+    print(f"GB for SD3.5 Medium in {'int8' if int8 else 'bf16'} at {settings.resolution} px:")
+    for name, gigabytes in memory.items():
+        print(f"{gigabytes:8.2f}  {name.format(rank=settings.rank)}")
 
-    P, G = settings.prompts_per_step, settings.group_size
     print(
-        f"What auto chooses, if a tenth of the card stays free, and the step of {P} groups of {G}:"
+        f"What auto chooses, and TFLOP of {P} groups of {G}, if a tenth of the card stays free and"
+    )
+    print(
+        f"PickScore takes {PICKSCORE_GB} GB, or runs on the CPU beside less than {REWARD_ROOM} GB:"
     )
     for card in CARDS:
-        on_gpu = card >= REWARD_ROOM  # or rewards run on the CPU
-        room = 0.9 * card - PICKSCORE_GB * on_gpu
-        chosen = choice(settings, size, room - always) if max(encoding, decoding) < room else None
+        room = 0.9 * card - PICKSCORE_GB * (card >= REWARD_ROOM)
+        fits = max(encoding, always + decode) < room
+        chosen = choice(settings, size, room - always) if fits else None
         text = "too small" if int8 else "too small; try --quantize int8"
         if chosen:
             text = f"{chosen.micro_batch_size} images per pass, "
@@ -194,12 +194,13 @@ def plan(settings: Settings) -> None:
         print(f"{card:8} GB  {text}")
 
     work, n = step_tflop(settings, size), settings.max_train_steps
-    total = sum(work.values())
-    print(f"TFLOP of a step of {P} groups of {G}, a group in one pass:")
-    for name, count in {**work, "together": total}.items():
+    work["together"] = sum(work.values())
+    print("TFLOP by phase, with a group in one pass, recomputing:")
+    for name, count in work.items():
         print(f"{count:8.0f}  {name}")
     for rate, card in (400, "an H100 at best"), (70, "a card of 24 GB, perhaps"):
-        print(f"{total * n / 3600 / rate:8.1f}  hours for {n} steps at {rate} TFLOP/s: {card}")
+        hours = work["together"] * n / 3600 / rate
+        print(f"{hours:8.1f}  hours for {n} steps at {rate} TFLOP/s: {card}")
 
 
 def prepare(settings: Settings) -> tuple[Trainer, Tensor, Tensor]:
