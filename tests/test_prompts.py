@@ -23,8 +23,8 @@ def test_a_text_file_has_a_prompt_per_line(tmp_path):
 def test_a_jsonl_file_gives_whole_lines(tmp_path):
     text = '\ufeff{"prompt": "a\u2028dog", "tag": "single_object"}\r\n\r\n{"prompt": "café"}\r\n'
     (tmp_path / "a.jsonl").write_bytes(text.encode())
-    lines = [{"prompt": "a\u2028dog", "tag": "single_object"}, {"prompt": "café"}]
-    assert prompts.load(f"{tmp_path}/a.jsonl") == lines
+    lines = prompts.load(f"{tmp_path}/a.jsonl")
+    assert lines == [{"prompt": "a\u2028dog", "tag": "single_object"}, {"prompt": "café"}]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_jsonl_file_gives_whole_lines(tmp_path):
             b'{"prompt": "a"}\n{"text": "b"}',
             'a.jsonl, line 2 has no text under "prompt"',
         ),
-        ("a.jsonl", b'{"prompt": null}', 'line 1 has no text under "prompt"'),
+        ("a.jsonl", b'{"prompt": " "}', 'line 1 has no text under "prompt"'),
         ("a.jsonl", b'["a"]', 'line 1 has no text under "prompt"'),
         ("none.txt", None, "cannot read .*No such file.*none.txt"),
     ],
@@ -59,8 +59,8 @@ def test_each_epoch_visits_every_prompt_once_in_a_new_order():
     epochs = [chosen[i : i + 6] for i in range(0, 24, 6)]
     assert all(sorted(epoch) == list("012345") for epoch in epochs)
     assert len({*map(tuple, epochs)}) == 4
-    other = SimpleNamespace(prompts_per_step=4, seed=6)
-    assert prompts.prompts_of_step(lines, other, 0) != prompts.prompts_of_step(lines, settings, 0)
+    settings.seed = 6
+    assert [x["prompt"] for x in prompts.prompts_of_step(lines, settings, 0)] != chosen[:4]
 
 
 # The published lists
@@ -135,7 +135,6 @@ WORDINGS = {  # prompts of the benchmark, articles and plurals included, and in 
     "a bowl and a skis": ("a skis and a bowl", [{"class": "bowl"}, {"class": "skis"}]),
     "three persons": ("three persons", [{"class": "person", "count": 3}]),
     "two wine glasses": ("two wine glasses", [{"class": "wine glass", "count": 2}]),
-    "four buses": ("four buses", [{"class": "bus", "count": 4}]),
     "an orange tv": ("an orange tv", [{"class": "tv", "color": "orange"}]),
     "a cow below an airplane": (
         "an airplane above a cow",
@@ -152,7 +151,6 @@ def test_wordings_are_the_benchmarks(text):
 
 
 def test_geneval_prompts_agree_with_what_the_reward_judges(benchmark):
-    """An image with just what the metadata says is right, an empty one is wrong."""
     places = {"left of": (0, 50), "right of": (99, 50), "above": (50, 0), "below": (50, 99)}
     for prompt in map(geneval.read_metadata, prompts.geneval_prompts(1000)):
         objects, color = {}, {}
@@ -167,6 +165,9 @@ def test_geneval_prompts_agree_with_what_the_reward_judges(benchmark):
 
         assert geneval.judge(prompt, objects, name) == {"graded": 1, "strict": 1, "official": 1}
         assert geneval.judge(prompt, {}, name)["official"] == 0
+        twice = {class_: boxes * 2 for class_, boxes in objects.items()}
+        assert geneval.judge(prompt, twice, name)["official"] == (prompt["tag"] != "counting")
+        assert ("position" in prompt["include"][-1]) == (prompt["tag"] == "position")
 
 
 def test_the_mix_is_the_published_one(benchmark):
