@@ -210,6 +210,7 @@ image = pipe(
 
 The file loads in diffusers, and in ComfyUI and other programs that read diffusers' names of SD3's
 layers. Its scale is folded into the weights (alpha equals rank), so its strength is 1 everywhere.
+Use it unfused, or fuse it in float32: in bf16, a small update is mostly rounded away.
 
 ![curves](curves.png)
 
