@@ -62,6 +62,7 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         sentence = str(interrupt) or "interrupted"
         print(f"{script}: {sentence}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(130)  # a reward may still be at work in its thread, and exit would wait for it
 
 
