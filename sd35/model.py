@@ -87,9 +87,15 @@ def make_scheduler(sampler: str, shift: float) -> Any:
 
 
 def rollout_times(scheduler: Any, steps: int) -> Tensor:
-    """The times (steps,) at which a rollout evaluates the model, in [0, 1], noisiest first."""
-    scheduler.set_timesteps(steps)  # not the sigmas: the scheduler rounds its timesteps down
-    return scheduler.timesteps.float() / 1000
+    """The times (steps,) at which a rollout evaluates the model, in [0, 1], noisiest first.
+
+    DPM-Solver++ rounds them down to 1/1000. Raises UserError if two coincide, as it then fails.
+    """
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.float() / 1000
+    if len(times.unique()) < steps:
+        raise UserError(f"{steps} steps are too many for the sampler; give fewer, or less shift")
+    return times
 
 
 def trained_times(settings: Settings) -> Tensor:

@@ -176,7 +176,7 @@ def test_prompts_that_t5_or_clip_cut_are_told(length, most, tiny):
 
 @pytest.mark.parametrize("name", ["nowhere", "{}/nowhere", "{}"])
 def test_a_model_that_does_not_load_is_one_sentence(name, tmp_path):
-    with pytest.raises(UserError, match="^cannot load --model .*; give its name") as error:
+    with pytest.raises(UserError, match="^cannot load --model .*; give its name"):
         sd35.load_pipeline(name.format(tmp_path), torch.float32)
 
 
@@ -188,3 +188,14 @@ def test_a_gated_model_needs_its_licence(monkeypatch):
     monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
     with pytest.raises(UserError, match="accept its licence at https://huggingface.co/a/b and run"):
         sd35.load_pipeline("a/b", torch.float32)
+
+
+def test_a_sampler_with_more_steps_than_times_is_refused():
+    """DPM-Solver++ with whole-number timesteps fails in its last step from steps x shift 1,000."""
+    for sampler, steps, fits in (("dpm++", 330, True), ("dpm++", 400, False), ("euler", 400, True)):
+        scheduler = sd35.make_scheduler(sampler, 3.0)
+        if fits:
+            assert len(sd35.rollout_times(scheduler, steps)) == steps
+        else:
+            with pytest.raises(UserError, match="too many for the sampler"):
+                sd35.rollout_times(scheduler, steps)
