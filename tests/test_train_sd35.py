@@ -283,7 +283,8 @@ MISTAKES = {
     "--eval_reward nowhere.py:f": "there is no file nowhere.py",
     "--train_prompts nowhere.txt": "cannot read nowhere.txt",
     "--validation_prompts nowhere.txt": "cannot read nowhere.txt",
-    "--reward ocr": "ocr cannot score prompt 1",
+    "--reward ocr --validation_prompts fit.txt": "ocr cannot score prompt 1",
+    "--eval_reward ocr --validation_prompts unfit.txt": "ocr cannot score prompt 2",
     "--report_to paper": "--report_to paper: give none or one of",
     "--push_to_hub": "--push_to_hub needs a token; run `hf auth login`, or set HF_TOKEN",
     "--t_min 0.99": "--train_timesteps 2: only 1 of the rollout's 4 times",
@@ -291,18 +292,22 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("line", MISTAKES)
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_sentence_before_the_model_is_loaded(
-    line, tiny, tmp_path, monkeypatch, capsys
+    mistake, tiny, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(train_sd35.huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(sd35, "load_pipeline", None)
-    monkeypatch.setattr("sys.argv", ["train_sd35.py", *flags(tiny, tmp_path), *line.split()])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fit.txt").write_text('a sign "YES"')
+    (tmp_path / "unfit.txt").write_text('a sign "YES"\na sign')
+    line = [*flags(tiny, tmp_path / "run"), *mistake.split()]
+    monkeypatch.setattr("sys.argv", ["train_sd35.py", *line])
     with pytest.raises(SystemExit) as end:
         run_script(train_sd35.main)
     *_, sentence = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and MISTAKES[line] in sentence
-    assert sentence.startswith("train_sd35.py: ") and not list(tmp_path.iterdir())
+    assert end.value.code == 2 and sentence.startswith("train_sd35.py: ")
+    assert MISTAKES[mistake] in sentence and not (tmp_path / "run").exists()
 
 
 def test_processes_wait_long_for_the_one_that_validates(monkeypatch):
