@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rewards import Reward, RewardError, to_bytes
+from rewards.interface import read_weights
 
 CLIP = "openai/clip-vit-large-patch14"
 WEIGHTS = (
@@ -36,13 +37,9 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
     name, comma, file = (model or f"{CLIP},{WEIGHTS}").rpartition(",")
     if not comma:
         raise RewardError(f"its weights are given as clip,head.pth, got {model!r}")
-    if "://" in file:
-        state = torch.hub.load_state_dict_from_url(file, map_location="cpu", weights_only=True)
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
     processor = AutoImageProcessor.from_pretrained(name, backend="pil")
     clip = AutoModel.from_pretrained(name).eval().to(device)
-    head = predictor(state).to(device)
+    head = predictor(read_weights(file)).to(device)
 
     @torch.no_grad()
     def aesthetic(images: Tensor) -> Tensor:

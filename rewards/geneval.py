@@ -123,10 +123,6 @@ def check_prompt(metadata: dict) -> None:
     read_metadata(metadata)
 
 
-# The rules. GenEval's own verdict takes the `count` most confident objects of a class; more of them
-# are a failure only if "exclude" says so.
-
-
 @dataclass
 class Detection:
     """An object in a picture."""
@@ -163,7 +159,8 @@ def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, 
 
     graded: the mean over clauses of 1 - |count - number| / count (at least 0), and over their
     colors and positions of 1 or 0, which is 0 if the number is wrong. strict: 1 if all of these are
-    1 and nothing excluded is there, else 0. official: GenEval's own, 1 or 0.
+    1 and nothing excluded is there, else 0. official: GenEval's own, 1 or 0, by the `count` most
+    confident objects of a class; more of them are a failure only if "exclude" says so.
     """
     grades, official, all_exact = [], True, True
     met: list[list[Detection] | None] = []  # the objects of each clause, or None if it is not met
@@ -197,40 +194,14 @@ def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, 
 # The models
 
 
-def segment(network, processor, picture: np.ndarray, threshold: float) -> tuple:
-    """As `mask2former.segment`, for a network with a processor of its own."""
-    with torch.no_grad():
-        inputs = processor(images=Image.fromarray(picture), return_tensors="pt")
-        output = network(**inputs.to(network.device))
-    (result,) = processor.post_process_instance_segmentation(
-        output, threshold=threshold, target_sizes=[picture.shape[:2]], return_binary_maps=True
-    )
-    segments = result["segments_info"]
-    # Without any, transformers returns one map of -1 for the whole picture.
-    masks = result["segmentation"][: len(segments)].cpu() > 0.5
-    return [each["score"] for each in segments], [each["label_id"] for each in segments], masks
-
-
 def load_detector(device: torch.device | str, model: str) -> Callable[[Tensor, float], Objects]:
-    """(image (3, H, W) in [0, 1], threshold) -> objects, by a Mask2Former from transformers.
-
-    model: as `mask2former.find` takes it. mmdet's network sees pictures as it does in mmdet, any
-    other as its own processor prepares them. Raises ValueError unless it has COCO's 80 classes.
-    """
-    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
-
-    folder = mask2former.find(model)
-    network = Mask2FormerForUniversalSegmentation.from_pretrained(folder).eval().to(device)
-    if network.config.num_labels != len(CLASSES):
-        raise ValueError(f"{model} has {network.config.num_labels} classes, not COCO's 80")
-    if getattr(network.config, "mmdet", False):
-        see = partial(mask2former.segment, network)
-    else:
-        see = partial(segment, network, AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    """(image (3, H, W) in [0, 1], threshold) -> objects, by mmdet's Mask2Former (.pth)."""
+    network = mask2former.load_network(model).to(device)
 
     def detect(image: Tensor, threshold: float) -> Objects:
         objects: Objects = {}
-        for score, label, mask in zip(*see(to_bytes(image[None])[0], threshold), strict=True):
+        parts = mask2former.segment(network, to_bytes(image[None])[0], threshold)
+        for score, label, mask in zip(*parts, strict=True):
             if mask.any():
                 rows, columns = mask.nonzero().unbind(1)
                 box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
@@ -287,11 +258,10 @@ def graded(prompt: dict, objects: Objects, name_colors: NameColors) -> float:
 def load(device: torch.device | str, model: str | None = None, verdict: Verdict = graded) -> Reward:
     """GenEval's graded verdict, 0 to 1, or another verdict on the same objects and colors.
 
-    GenEval's own Mask2Former (0.3 GB, fetched and converted once) and CLIP ViT-L/14 (1.7 GB), with
-    the packages scipy and opencv-python-headless (of which rapidocr brings the latter).
-    model: others, as "detector", "detector,clip" or ",clip", by name or folder, the detector also
-    as mmdet's file (.pth). "facebook/mask2former-swin-small-coco-instance" works, but its numbers
-    are not GenEval's. The reward raises ValueError for a prompt that `check_prompt` refuses.
+    GenEval's own Mask2Former (0.3 GB, fetched once) and CLIP ViT-L/14 (1.7 GB), with the packages
+    scipy and opencv-python-headless (of which rapidocr brings the latter). model: others, as
+    "detector", "detector,clip" or ",clip": a Mask2Former with a Swin-S as mmdet's checkpoint
+    (.pth), a CLIP by name or folder. The reward raises ValueError where `check_prompt` does.
     """
     detector, _, clip = (model or "").partition(",")
     detect = load_detector(device, detector or mask2former.URL)

@@ -49,6 +49,15 @@ def need(command: str, *modules: str) -> None:
         raise RewardError(f"it needs `{command}`")
 
 
+def read_weights(place: str) -> dict:
+    """The content of a .pth file, by path or URL (fetched once; a hash in its name is checked)."""
+    if "://" in place:
+        return torch.hub.load_state_dict_from_url(
+            place, map_location="cpu", check_hash=True, weights_only=True
+        )
+    return torch.load(place, map_location="cpu", weights_only=True)
+
+
 def check_place(place: str, function: str) -> None:
     """Raise RewardError if a file or package does not exist, or the file lacks the function.
 

@@ -8,15 +8,13 @@ transformers' Mask2Former, and the rest is written to agree with mmdet bit for b
 from __future__ import annotations
 
 import re
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewards.interface import need
+from rewards.interface import need, read_weights
 
 KIND = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 FOLDER = "https://download.openmmlab.com/mmdetection/v2.0/mask2former"
@@ -98,7 +96,6 @@ def convert(state: dict[str, Tensor], config=None) -> nn.Module:
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     network = Mask2FormerForUniversalSegmentation(config or Mask2FormerConfig(num_labels=80))
-    network.config.mmdet = True  # which tells `rewards.geneval` to use `segment` below
     tensors = {}
     for name, tensor in state.items():
         tensors |= renamed(name, tensor)
@@ -112,34 +109,14 @@ def convert(state: dict[str, Tensor], config=None) -> nn.Module:
     return network.eval()
 
 
-def find(model: str) -> str:
-    """A name or folder for `from_pretrained`: `model`, or what its checkpoint (.pth) became.
+def load_network(model: str) -> nn.Module:
+    """The network of mmdet's checkpoint (.pth), by path or URL.
 
-    A checkpoint is converted once, into a folder of its name beside it. URL is fetched once, to
-    torch.hub's folder. Raises RewardError if a package is missing, OSError if the file is, and
-    RuntimeError if it is that of another network.
+    Raises RewardError if a package is missing, OSError if the file is, and RuntimeError if it is
+    that of another network.
     """
     need("pip install scipy opencv-python-headless", "scipy", "cv2")
-    if not model.endswith(".pth"):
-        return model
-    checkpoint = Path(model)
-    if model == URL:
-        checkpoint = Path(torch.hub.get_dir(), "checkpoints", Path(URL).name)
-    folder = checkpoint.with_suffix("")
-    if folder.is_dir():
-        return str(folder)
-    if model == URL and not checkpoint.exists():
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(checkpoint), hash_prefix=checkpoint.stem[-8:])
-    network = convert(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-        network.save_pretrained(Path(aside, "whole"))
-        try:
-            Path(aside, "whole").rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    return str(folder)
+    return convert(read_weights(model)["state_dict"])
 
 
 def prepare(picture: np.ndarray) -> tuple[Tensor, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -285,50 +286,28 @@ def test_a_crop_few_pixels_high_is_a_picture(tiny_clip):
     assert len(names) > 1 and classify(image, "circle", []) == []
 
 
-@pytest.fixture(scope="module")
-def tiny_detector(tmp_path_factory):
+@pytest.fixture
+def tiny_detector(tmp_path, monkeypatch):
     pytest.importorskip("scipy", reason="pip install scipy")
-    from test_mask2former import tiny_config
-    from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+    from test_mask2former import TINY, mmdet_state, tiny_config
 
-    folder = tmp_path_factory.mktemp("detector")
-    torch.manual_seed(0)
-    Mask2FormerForUniversalSegmentation(tiny_config()).save_pretrained(folder)
-    size = {"height": 64, "width": 64}
-    Mask2FormerImageProcessor(size=size, do_resize=True).save_pretrained(folder)
-    return folder
+    monkeypatch.setattr(mask2former, "convert", partial(mask2former.convert, config=tiny_config()))
+    torch.save({"state_dict": mmdet_state(TINY)}, tmp_path / "tiny.pth")
+    return tmp_path / "tiny.pth"
 
 
-def test_boxes_are_in_the_pictures_own_pixels_for_either_kind_of_network(
-    tiny_detector, tmp_path, monkeypatch
-):
-    """The same weights with mmdet's mark see the picture as mmdet prepares it."""
-    from transformers import Mask2FormerForUniversalSegmentation as Network
-
-    network = Network.from_pretrained(tiny_detector)
-    network.config.mmdet = True
-    network.save_pretrained(tmp_path / "mine")
-    (tmp_path / "mine.pth").touch()  # already converted, into the folder beside it
-    sizes, forward = [], Network.forward
-
-    def watched(self, pixel_values, *rest, **more):
-        sizes.append(tuple(pixel_values.shape[2:]))
-        return forward(self, pixel_values, *rest, **more)
-
-    monkeypatch.setattr(Network, "forward", watched)
+def test_boxes_are_in_the_pictures_own_pixels(tiny_detector):
     image = torch.rand(3, 48, 80, generator=torch.Generator().manual_seed(0))
-    for model in (tiny_detector, tmp_path / "mine.pth"):
-        detect = geneval.load_detector("cpu", str(model))
-        objects = detect(image, 0.0)
-        assert objects and set(objects) <= set(geneval.CLASSES) and detect(image, 1.0) == {}
-        for detections in objects.values():
-            scores = [each.score for each in detections]
-            assert scores == sorted(scores, reverse=True) and len(scores) <= geneval.MOST
-            for each in detections:
-                rows, columns = each.mask.nonzero().unbind(1)
-                edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-                assert each.mask.shape == (48, 80) and each.box == tuple(map(float, edges))
-    assert sizes == [(64, 64)] * 2 + [(800, 1344)] * 2
+    detect = geneval.load_detector("cpu", str(tiny_detector))
+    objects = detect(image, 0.0)
+    assert objects and set(objects) <= set(geneval.CLASSES) and detect(image, 1.0) == {}
+    for detections in objects.values():
+        scores = [each.score for each in detections]
+        assert scores == sorted(scores, reverse=True) and len(scores) <= geneval.MOST
+        for each in detections:
+            rows, columns = each.mask.nonzero().unbind(1)
+            edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert each.mask.shape == (48, 80) and each.box == tuple(map(float, edges))
 
 
 def test_the_reward_end_to_end(tiny_detector, tiny_clip):
