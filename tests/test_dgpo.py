@@ -489,7 +489,12 @@ def test_an_iteration_of_algorithm_1_by_hand():
 
     assert not torch.equal(model.weight, before)
     torch.testing.assert_close(model.weight, by_hand.weight, rtol=1e-9, atol=1e-12)
-    expected = {"reward": rewards.mean(), "loss": mean_loss.detach(), "gate": 0.5, "grad_norm": norm}
+    expected = {
+        "reward": rewards.mean(),
+        "loss": mean_loss.detach(),
+        "gate": 0.5,
+        "grad_norm": norm,
+    }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(float(value), rel=1e-9)
     assert metrics["gap"] == pytest.approx(0, abs=1e-12)

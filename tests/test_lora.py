@@ -1,6 +1,7 @@
 """A LoRA has one strength wherever it is loaded, and is the starting point of another run."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import TEXT, model, point
 
 from sd35.lora import LORA_FILE, LORA_TARGETS, add_lora, load_lora, save_lora, start_from_lora
-from sd35.model import load_pipeline
+from sd35.model import Model, load_pipeline
 from sd35.settings import UserError
 from tiny_sd35 import shapes
 
@@ -148,3 +149,46 @@ def test_a_lora_that_does_not_fit_is_one_sentence(write, tiny_model, tiny, tmp_p
     pipe = base(tiny)
     with pytest.raises(UserError, match=OTHERS[write]):
         start_from_lora(pipe, add_lora(pipe.transformer, 4, 8, 0, False), str(tmp_path))
+
+
+def test_a_base_in_8_bits_trains_a_lora_for_the_full_base(tiny, tmp_path):
+    """theta and the reference share the int8 base, which no step and no swap changes."""
+    pytest.importorskip("torchao")
+    pipe = load_pipeline(str(tiny), torch.float32, "int8")
+    theta = add_lora(pipe.transformer, 4, 8, 0, True)
+    encoded = model(tiny).encoded
+    trained = Model(pipe, theta, shapes.SIDE, 4, encoded=encoded)
+    linear = pipe.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+    before = linear.dequantize().clone()
+    assert type(linear).__name__ == "Int8Tensor"
+    assert all(not parameter.requires_grad for parameter in pipe.text_encoder_3.parameters())
+
+    full = output(base(tiny).transformer, trained)
+    error = (output(pipe.transformer, trained) - full).norm() / full.norm()
+    assert 0 < error < 0.02
+
+    x, t, p = point(trained)
+    trained.velocity(TEXT)(x, t, p).square().mean().backward()
+    torch.optim.AdamW(theta, 1e-2).step()
+    trained.velocity(TEXT)(x, t, p).square().mean().backward()
+    trained_now = [parameter.grad.abs().sum() > 0 for parameter in theta]
+    assert sum(trained_now) > 0.8 * len(theta)
+    torch.optim.AdamW(theta, 1e-1).step()
+    with trained.theta_old(), trained.reference():
+        pass
+    assert torch.equal(linear.dequantize(), before)
+
+    save_lora(pipe, tmp_path)
+    change = output(pipe.transformer, trained)
+    with trained.reference():
+        change -= output(pipe.transformer, trained)
+    whole = base(tiny)
+    load_lora(whole, tmp_path)
+    on_full = output(whole.transformer, trained) - full
+    assert (on_full - change).norm() / change.norm() < 0.1
+
+
+def test_without_torchao_int8_is_refused_in_one_sentence(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match="needs `pip install torchao`"):
+        load_pipeline(str(tiny), torch.float32, "int8")
