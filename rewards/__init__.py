@@ -9,36 +9,35 @@
     info      a dict whose numbers are logged as means (optional)
 
 Arguments are passed by name where the function names them (images, prompts, and metadata or
-prompt_metadata, in any order), otherwise by position. Coroutines are awaited. Functions written for
-ddpo-pytorch, flow_grpo or DiffusionNFT run unchanged. The trainer loads and calls rewards in one
-worker thread, where no signal handler can be set. Your own reward is a function in a file, named
-path/to/file.py:function or package.module:function:
+prompt_metadata), otherwise by position. Coroutines are awaited, and functions written for flow_grpo
+run unchanged. The trainer loads and calls rewards in one worker thread, where no signal handler can
+be set. Name your own reward as path/to/file.py:function or package.module:function:
 
     def blueness(images, prompts):
         wanted = images.new_tensor([1.0 if "blue" in text.lower() else -1.0 for text in prompts])
         return wanted * (images[:, 2] - images[:, 0]).mean((1, 2))
 
 To add a reward to this folder, write <name>.py with `load(device, model=None)`, which returns the
-reward; `model` replaces its default weights. A function `check_prompt(metadata)` beside it may
-raise ValueError for a prompt that the reward cannot score.
+reward; `model` replaces its weights. A function `check_prompt(metadata)` beside it may raise
+ValueError for a prompt that the reward cannot score.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rewards import interface
-from rewards.interface import RewardError, to_bytes
-
-__all__ = ["Reward", "RewardError", "check_prompts", "load", "names", "parse", "score", "to_bytes"]
+from rewards.interface import RewardError
 
 Reward = Callable[..., Any]
 
@@ -52,8 +51,7 @@ def names() -> list[str]:
 def parse(specs: list[str]) -> dict[str, float]:
     """Parse specs "name" or "name=weight" (default weight 1) into weights by name.
 
-    Raises RewardError if the reward does not exist or is given twice, or if the weight is not a
-    number other than 0. Nothing is imported.
+    Raises RewardError if one does not exist or has no weight. Nothing is imported.
     """
     weights: dict[str, float] = {}
     for spec in specs:
@@ -61,11 +59,16 @@ def parse(specs: list[str]) -> dict[str, float]:
         if not equals or ".py:" in number:  # a path may contain "=" as well
             name, number = spec, "1"
         place, _, function = name.rpartition(":")
-        if place:
-            interface.check_place(place, function)
-        elif name not in names():
-            known = ", ".join(names())
-            raise RewardError(f"no reward {name!r}: give {known}, or path/to/file.py:function")
+        if not place and name not in names():
+            choices = ", ".join(names())
+            raise RewardError(f"no reward {name!r}: {choices}, or path/to/file.py:function")
+        if place.endswith(".py"):
+            if not Path(place).is_file():
+                raise RewardError(f"there is no file {place}")
+            if not re.search(rf"\b{function}\b", Path(place).read_text("utf-8")):
+                raise RewardError(f"{place} does not define {function!r}")
+        elif place and importlib.util.find_spec(place.split(".")[0]) is None:
+            raise RewardError(f"there is no package {place}; the name of a file ends in .py")
         try:
             weight = float(number)
         except ValueError:
@@ -91,17 +94,14 @@ def check_prompts(names: Iterable[str], prompts: list[dict]) -> None:
 
 
 def load(name: str, device: torch.device | str, model: str | None = None) -> Reward:
-    """Load the reward of a parsed name, with its weights on `device`; `model` replaces them.
-
-    Raises RewardError, whatever goes wrong.
-    """
+    """Load a reward, with its weights on `device`; `model` replaces them. Raises RewardError."""
     place, _, function = name.rpartition(":")
     with interface.named_errors(f"cannot load the reward {name}"):
-        if place and model:
+        if not place:
+            return importlib.import_module(f"rewards.{name}").load(device, model)
+        if model:
             raise RewardError("a reward of your own loads its weights itself")
-        if place:
-            return interface.load_own(place, function)
-        return importlib.import_module(f"rewards.{name}").load(device, model)
+        return interface.load_own(place, function)
 
 
 def score(
@@ -109,9 +109,8 @@ def score(
 ) -> tuple[Tensor, dict[str, float]]:
     """Score images (N, 3, H, W) for N prompt lines; the reward works on copies of both.
 
-    Returns float32 scores (N,) on the CPU, NaN where there is no score, and the means of the
-    numbers in the reward's info. Raises RewardError if the reward raises or exits, or if it does
-    not return N numbers.
+    Returns float32 scores (N,) on the CPU, NaN for no score, and the means of the numbers in the
+    reward's info. Raises RewardError unless the reward returns N numbers.
     """
     texts = [prompt["prompt"] for prompt in prompts]
     with interface.named_errors(f"the reward {name} failed for the prompt {texts[0]!r}"):
@@ -121,3 +120,9 @@ def score(
         if scores.shape != (len(images),):
             raise RewardError(f"got the shape {tuple(scores.shape)}")
     return scores, info
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Convert images (N, 3, H, W) in [0, 1] to uint8 pixels (N, H, W, 3)."""
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return pixels.permute(0, 2, 3, 1).numpy()

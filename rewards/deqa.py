@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewards import Reward, RewardError, to_bytes
-from rewards.interface import need
+from rewards.interface import need, read_weights
 
 MODEL = "zhiyuanyou/DeQA-Score-Mix3"
 BEFORE = "USER: How would you rate the quality of this image?\n"
@@ -31,37 +31,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 
 class Network:
-    """The forward pass. `used` holds the names of the tensors that it has read."""
+    """The forward pass."""
 
     def __init__(self, tensors: dict[str, Tensor], config: dict):
-        self.tensors, self.config, self.used = tensors, config, set()
-
-    def get(self, name: str) -> Tensor:
-        self.used.add(name)
-        return self.tensors[name]
+        self.tensors, self.config = tensors, config
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        bias = self.get(f"{name}.bias") if f"{name}.bias" in self.tensors else None
-        return F.linear(x, self.get(f"{name}.weight"), bias)
+        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
 
     def norm(self, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
-        return F.layer_norm(
-            x, x.shape[-1:], self.get(f"{name}.weight"), self.get(f"{name}.bias"), eps
-        )
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     def rms_norm(self, name: str, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
-        return self.get(f"{name}.weight") * y.to(x.dtype)
+        return self.tensors[f"{name}.weight"] * y.to(x.dtype)
 
     def see(self, pixels: Tensor) -> Tensor:
         """The ViT: (B, 3, side, side) -> (B, 1 + patches, width)."""
         config, tower = self.config["visual_config"]["visual_model"], "model.vision_model."
         heads, eps = config["num_attention_heads"], config["layer_norm_eps"]
-        kernel = self.get(f"{tower}embeddings.patch_embed.weight")
+        kernel = self.tensors[f"{tower}embeddings.patch_embed.weight"]
         x = F.conv2d(pixels, kernel, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
-        first = self.get(f"{tower}embeddings.cls_token").expand(len(x), -1, -1)
-        x = torch.cat([first, x], 1) + self.get(f"{tower}embeddings.position_embedding")
+        first = self.tensors[f"{tower}embeddings.cls_token"].expand(len(x), -1, -1)
+        x = torch.cat([first, x], 1) + self.tensors[f"{tower}embeddings.position_embedding"]
         x = self.norm(f"{tower}embeddings.pre_layernorm", x, eps)
         for i in range(config["num_hidden_layers"]):
             layer = f"{tower}encoder.layers.{i}."
@@ -69,25 +63,22 @@ class Network:
             y = self.linear(f"{layer}self_attn.query_key_value", y)
             q, k, v = y.unflatten(2, (heads, 3, -1)).permute(3, 0, 2, 1, 4)  # head by head
             x = x + self.linear(f"{layer}self_attn.dense", attend(q, k, v))
-            y = self.linear(
-                f"{layer}mlp.fc1", self.norm(f"{layer}post_attention_layernorm", x, eps)
-            )
+            y = self.norm(f"{layer}post_attention_layernorm", x, eps)
+            y = self.linear(f"{layer}mlp.fc1", y)
             x = x + self.linear(f"{layer}mlp.fc2", y * torch.sigmoid(1.702 * y))
         return self.norm(f"{tower}post_layernorm", x, eps)
 
     def abstract(self, seen: Tensor) -> Tensor:
         """The abstractor: (B, 1 + patches, width) -> (B, queries + 1, the LLaMA's width)."""
-        config, tower = (
-            self.config["visual_config"]["visual_abstractor"],
-            "model.visual_abstractor.",
-        )
+        config = self.config["visual_config"]["visual_abstractor"]
+        tower = "model.visual_abstractor."
         heads, eps = config["num_attention_heads"], config["layer_norm_eps"]
-        x = self.get(f"{tower}query_embeds").expand(len(seen), -1, -1)
+        x = self.tensors[f"{tower}query_embeds"].expand(len(seen), -1, -1)
         for i in range(config["num_hidden_layers"]):
             layer = f"{tower}encoder.layers.{i}.crossattention."
             x = self.norm(f"{layer}norm1", x)  # the residual is around the normalised queries
             both = torch.cat([x, self.norm(f"{layer}normk", seen)], 1)
-            places = [self.get(f"{layer}attention.{name}_pos_embed") for name in "qk"]
+            places = [self.tensors[f"{layer}attention.{name}_pos_embed"] for name in "qk"]
             q = self.linear(f"{layer}attention.query", x + places[0])
             k = self.linear(f"{layer}attention.key", both + torch.cat(places))
             v = self.linear(f"{layer}attention.value", both)
@@ -96,7 +87,7 @@ class Network:
             y, mlp = self.norm(f"{layer}output.norm2", x), f"{layer}output.mlp."
             y = F.silu(self.linear(f"{mlp}w1", y)) * self.linear(f"{mlp}w3", y)
             x = x + self.linear(f"{mlp}w2", self.norm(f"{mlp}ffn_ln", y, eps))
-        end = self.get(f"{tower}vit_eos").expand(len(x), -1, -1)
+        end = self.tensors[f"{tower}vit_eos"].expand(len(x), -1, -1)
         return torch.cat([self.linear(f"{tower}visual_fc", x), end], 1)
 
     def complete(self, x: Tensor, image: slice) -> Tensor:
@@ -136,13 +127,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    for file in [] if tensors else sorted(folder.glob("pytorch_model*.bin")):
-        tensors |= torch.load(file, map_location="cpu", weights_only=True)
+    for file in [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]:
+        tensors |= read_weights(str(file)) if file.suffix == ".bin" else load_file(file)
     if not tensors:
         raise RewardError(f"{folder} has no weights: no *.safetensors, no pytorch_model*.bin")
-    return {name: x for name, x in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return tensors
 
 
 def squares(pixels: np.ndarray, grey: list[int]) -> np.ndarray:
@@ -161,8 +150,7 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
 
     8 B parameters, 16 GB in float16 (weights: MIT and LLaMA 2's licence). model: another of its
     kind, by name or folder. Its own code is not run. Written from the published architecture and
-    not yet run with the published weights. Raises RewardError if a package, a file or a tensor is
-    missing or a tensor is not used.
+    not yet run with the published weights. Raises RewardError if a package or file is missing.
     """
     need("pip install sentencepiece", "sentencepiece")
     from huggingface_hub import snapshot_download
@@ -189,15 +177,10 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
         pixels = processor(list(squares(to_bytes(images), grey)), return_tensors="pt")
         pixels = pixels["pixel_values"].to(device, dtype)
         picture = network.abstract(network.see(pixels))
-        text = network.get("model.embed_tokens.weight")
+        text = network.tensors["model.embed_tokens.weight"]
         start, end = (text[each].expand(len(picture), -1, -1) for each in (before, after))
         image = slice(len(before), len(before) + picture.shape[1])
         logits = network.complete(torch.cat([start, picture, end], 1), image)[:, levels]
         return logits.float().softmax(1) @ torch.arange(1.0, 6.0, device=device)
 
-    side = config["visual_config"]["visual_model"]["image_size"]
-    deqa(torch.zeros(1, 3, side, side))
-    unused = tensors.keys() - network.used
-    if unused:
-        raise RewardError(f"{folder} has tensors of another network, such as {min(unused)}")
     return deqa

@@ -1,26 +1,8 @@
 """A reward that runs elsewhere, behind HTTP, with JSON both ways.
 
 The server is posted {"images": [PNG files in base64], "prompts": [strings], "metadata": [objects]}
-and answers {"scores": [a number for each image, or null]}. A server for any function
-my_reward(images, prompts, metadata) of PIL images, with Python and Pillow alone:
-
-    import base64, io, json
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-    from PIL import Image
-
-
-    class Server(BaseHTTPRequestHandler):
-        def do_POST(self):
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            files = [io.BytesIO(base64.b64decode(png)) for png in request["images"]]
-            images = [Image.open(file) for file in files]
-            scores = my_reward(images, request["prompts"], request["metadata"])
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"scores": scores}).encode())
-
-
-    HTTPServer(("", 8000), Server).serve_forever()
+and answers {"scores": [a number for each image, or null]}. In the server, a picture of PIL's is
+Image.open(io.BytesIO(base64.b64decode(png))).
 """
 
 from __future__ import annotations
@@ -62,7 +44,7 @@ def check_address(url: str | None, example: str) -> str:
 def post(url: str, content: dict) -> dict:
     """Post a JSON object and return the one that the server answers.
 
-    Raises RewardError, naming the server, if it does not answer in time or not with JSON.
+    Raises RewardError if it does not answer in time or not with JSON.
     """
     request = urllib.request.Request(
         url, json.dumps(content).encode(), {"Content-Type": "application/json"}
@@ -80,7 +62,7 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
 
     def http(images: Tensor, prompts: list[str], metadata: list[dict]) -> list[float]:
         answer = post(url, {"images": to_png(images), "prompts": prompts, "metadata": metadata})
-        if not isinstance(answer, dict) or "scores" not in answer:
+        if "scores" not in answer:
             raise RewardError(f'{url} answered without "scores"')
         return answer["scores"]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from rewards import Reward, to_bytes
 from rewards.aesthetic import predictor
+from rewards.interface import read_weights
 
 MODEL, FILE = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER = "bert-base-uncased"
@@ -37,8 +37,7 @@ def towers(state: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
     """BLIP's vision tower and its text tower, which attends to the picture.
 
     ImageReward's own package requires a transformers of 2022, so the published tensors go into
-    transformers' BLIP. All sizes are read off the tensors. Raises KeyError or RuntimeError if
-    tensors are missing or of other shapes.
+    transformers' BLIP. All sizes are read off the tensors.
     """
     from transformers import BlipTextConfig, BlipVisionConfig
     from transformers.models.blip.modeling_blip import BlipVisionModel
@@ -93,7 +92,7 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
 
     name, _, file = (model or "").rpartition(",")
     file = file or hf_hub_download(MODEL, FILE)
-    state = torch.load(Path(file), map_location="cpu", weights_only=True)
+    state = read_weights(file)
     vision, text = (tower.to(device) for tower in towers(state))
     head = predictor(part(state, "mlp.")).to(device)
     tokenizer = AutoTokenizer.from_pretrained(name or TOKENIZER)
@@ -104,18 +103,12 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
     def imagereward(images: Tensor, prompts: list[str]) -> Tensor:
         inputs = processor(list(to_bytes(images)), return_tensors="pt")
         patches = vision(inputs["pixel_values"].to(device)).last_hidden_state
-        tokens = tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=LENGTH,
-            return_tensors="pt",
-        ).to(device)
+        padded = {"padding": "max_length", "truncation": True, "max_length": LENGTH}
+        tokens = tokenizer(prompts, **padded, return_tensors="pt").to(device)
         hidden = text(
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
             encoder_hidden_states=patches,
-            encoder_attention_mask=patches.new_ones(patches.shape[:2], dtype=torch.long),
         ).last_hidden_state
         return (head(hidden[:, 0])[:, 0] - MEAN) / STD  # the first token's, as in BERT
 

@@ -1,4 +1,4 @@
-"""What all rewards share: errors, importing a user's own, calling one, reading its result."""
+"""What all rewards share: errors, weights, calling a reward, reading its result."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import functools
 import importlib.util
 import inspect
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,8 +29,7 @@ class RewardError(ValueError):
 def named_errors(what: str) -> Iterator[None]:
     """Raise any error, and any attempt to exit, as a RewardError that begins with `what`.
 
-    Its cause is the original error, unless that is an OSError or RewardError: their sentence will
-    do, and for other errors the traceback says more.
+    Its cause is the original error, unless that is an OSError or RewardError, which say enough.
     """
     try:
         yield
@@ -58,37 +55,18 @@ def read_weights(place: str) -> dict:
     return torch.load(place, map_location="cpu", weights_only=True)
 
 
-def check_place(place: str, function: str) -> None:
-    """Raise RewardError if a file or package does not exist, or the file lacks the function.
-
-    Nothing is imported, so that a misspelt name is reported before anything is loaded.
-    """
-    if not place.endswith(".py"):
-        if importlib.util.find_spec(place.split(".")[0]) is None:
-            raise RewardError(f"there is no package {place}; the name of a file ends in .py")
-    elif not Path(place).is_file():
-        raise RewardError(f"there is no file {place}")
-    elif not re.search(rf"\b{re.escape(function)}\b", Path(place).read_text("utf-8")):
-        raise RewardError(f"{place} does not define {function!r}")
-
-
-def import_file(file: Path) -> ModuleType:
-    """Import a file by its stem, so that it can import the files beside it, as a script can.
-
-    Raises RewardError if another module has this name.
-    """
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    module = importlib.import_module(file.stem)
-    if module.__file__ != str(file):
-        raise RewardError(f"rename {file.name}: there is already a module {file.stem}")
-    return module
-
-
 def load_own(place: str, function: str) -> Callable:
-    """Import a user's reward. Raises RewardError if it cannot be called as one."""
+    """Import a user's reward. Raises RewardError if it cannot be called as one.
+
+    A file is imported by its stem, and can import the files beside it, as a script can.
+    """
     file = Path(place).resolve()
-    module = import_file(file) if place.endswith(".py") else importlib.import_module(place)
+    is_file = file.suffix == ".py"
+    if is_file and str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    module = importlib.import_module(file.stem if is_file else place)
+    if is_file and module.__file__ != str(file):
+        raise RewardError(f"rename {file.name}: there is already a module {file.stem}")
     reward = getattr(module, function)
     try:
         arguments(reward, None, None, None)
@@ -106,18 +84,13 @@ def arguments(reward: Callable, images: Any, prompts: Any, metadata: Any) -> tup
     if inspect.isclass(reward):
         raise TypeError(f"{reward.__name__} is a class and must be instantiated")
     signature = inspect.signature(reward.forward if isinstance(reward, torch.nn.Module) else reward)
-    known = {"images": images, "prompts": prompts, "metadata": metadata}
-    by_name = {
-        name: value
-        for name, value in {**known, "prompt_metadata": metadata}.items()
-        if name in signature.parameters
-    }
-    if any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
-        by_name |= known
+    values = {"images": images, "prompts": prompts, "metadata": metadata}
+    if not any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
+        values["prompt_metadata"] = metadata
+        values = {name: values[name] for name in values.keys() & signature.parameters.keys()}
 
-    ways = [((), by_name)] if by_name else []
-    ways += [((images, prompts), {}), ((images, prompts, metadata), {})]
-    for args, kwargs in ways:
+    by_name = [((), values)] if values else []
+    for args, kwargs in [*by_name, ((images, prompts), {}), ((images, prompts, metadata), {})]:
         with contextlib.suppress(TypeError):
             signature.bind(*args, **kwargs)
             return args, kwargs
@@ -133,10 +106,7 @@ def call(reward: Callable, images: Tensor, prompts: list[str], metadata: list[di
 
 
 def numbers(values: Any) -> Tensor:
-    """Numbers of any kind as a float32 tensor on the CPU, with NaN for None and infinity.
-
-    Raises TypeError, ValueError or OverflowError if anything else is among them.
-    """
+    """Numbers of any kind as a float32 tensor on the CPU, with NaN for None and infinity."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     elif isinstance(values, list | tuple):
@@ -148,7 +118,7 @@ def numbers(values: Any) -> Tensor:
 def split(result: Any) -> tuple[Tensor, dict[str, float]]:
     """Split a reward's result into its scores and the means of the numbers in its info.
 
-    A tuple is (scores, info, ...) unless it is a tuple of plain numbers. Raises as `numbers`.
+    A tuple is (scores, info, ...) unless it is a tuple of plain numbers.
     """
     if callable(result):
         raise TypeError("it returned a function; call the factory in your file and name the result")
@@ -157,12 +127,6 @@ def split(result: Any) -> tuple[Tensor, dict[str, float]]:
     info = result[1] if len(result) > 1 and isinstance(result[1], dict) else {}
     means = {}
     for key, value in info.items():
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
+        with contextlib.suppress(TypeError, ValueError):
             means[key] = numbers(value).nanmean().item()
     return numbers(result[0]), {key: mean for key, mean in means.items() if not math.isnan(mean)}
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """Convert images (N, 3, H, W) in [0, 1] to uint8 pixels (N, H, W, 3)."""
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-    return pixels.permute(0, 2, 3, 1).numpy()

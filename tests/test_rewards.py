@@ -78,7 +78,7 @@ def test_a_path_may_contain_an_equals_sign(tmp_path):
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
-        (["magic"], "no reward 'magic': give aesthetic, .*, or path/to/file.py:function"),
+        (["magic"], "no reward 'magic': aesthetic, .*, or path/to/file.py:function"),
         (["pickscore="], "pickscore=: the weight must be a number other than 0"),
         (["pickscore=nan"], "must be a number other than 0"),
         (["pickscore=0"], "must be a number other than 0"),
