@@ -2,11 +2,9 @@
 
 import asyncio
 import copy
-import functools
 import io
 import re
 import textwrap
-from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +46,7 @@ def score(reward, images, name="mine"):
 
 def test_names_are_the_files_that_load():
     assert {"pickscore", "compressibility"} <= set(rewards.names())
-    assert not {"interface", "mask2former"} & set(rewards.names())
+    assert "interface" not in rewards.names()
 
 
 @pytest.mark.parametrize(
@@ -56,10 +54,7 @@ def test_names_are_the_files_that_load():
     [
         (["pickscore"], {"pickscore": 1}),
         (["pickscore=0.8", "ocr=-2"], {"pickscore": 0.8, "ocr": -2}),
-        (
-            [f"{OWN}:brightness=3", f"{OWN}:darkness"],
-            {f"{OWN}:brightness": 3, f"{OWN}:darkness": 1},
-        ),
+        ([f"{OWN}:brightness=3"], {f"{OWN}:brightness": 3}),
         (["torch.nn:ReLU=2"], {"torch.nn:ReLU": 2}),
     ],
 )
@@ -68,11 +63,9 @@ def test_a_spec_is_a_name_and_a_weight(specs, weights):
 
 
 def test_a_path_may_contain_an_equals_sign(tmp_path):
-    (tmp_path / "a=b").mkdir()
-    file = tmp_path / "a=b" / "mine.py"
-    file.write_text("def f(): pass")
-    assert rewards.parse([f"{file}:f"]) == {f"{file}:f": 1}
-    assert rewards.parse([f"{file}:f=2"]) == {f"{file}:f": 2}
+    (tmp_path / "a=b.py").write_text("def f(): pass")
+    assert rewards.parse([f"{tmp_path}/a=b.py:f"]) == {f"{tmp_path}/a=b.py:f": 1}
+    assert rewards.parse([f"{tmp_path}/a=b.py:f=2"]) == {f"{tmp_path}/a=b.py:f": 2}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +73,6 @@ def test_a_path_may_contain_an_equals_sign(tmp_path):
     [
         (["magic"], "no reward 'magic': aesthetic, .*, or path/to/file.py:function"),
         (["pickscore="], "pickscore=: the weight must be a number other than 0"),
-        (["pickscore=nan"], "must be a number other than 0"),
         (["pickscore=0"], "must be a number other than 0"),
         (["nowhere.py:f"], "there is no file nowhere.py"),
         ([f"{OWN}:fightness"], "own_rewards.py does not define 'fightness'"),
@@ -104,10 +96,10 @@ def test_the_first_prompt_that_a_reward_cannot_score_is_named():
 # Loading
 
 
-def test_own_rewards_by_file_and_by_package(images, monkeypatch):
+def test_a_reward_of_a_package(images, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    for name in (f"{OWN}:brightness", "own_rewards:brightness"):
-        assert torch.allclose(score(rewards.load(name, "cpu"), images), images.mean((1, 2, 3)))
+    reward = rewards.load("own_rewards:brightness", "cpu")
+    assert torch.allclose(score(reward, images), images.mean((1, 2, 3)))
 
 
 def test_a_file_imports_what_lies_beside_it_and_is_run_once(own, tmp_path, images):
@@ -127,14 +119,8 @@ def test_a_file_with_the_name_of_another_module_is_refused(tmp_path):
 LOADING = {  # the file's source: the message, and the type of its cause
     "raise SystemExit(0)\nf = 1": ("SystemExit: 0$", SystemExit),
     "f = 1 / 0": ("ZeroDivisionError: division by zero$", ZeroDivisionError),
-    "import nothing_like_it\nf = 1": ("No module named 'nothing_like_it'$", ModuleNotFoundError),
-    "open('nowhere.txt')\nf = 1": ("FileNotFoundError: .*'nowhere.txt'$", type(None)),
     "# f": ("has no attribute 'f'$", AttributeError),
     "f = 'text'": ("'text' is not a callable object; if f creates", type(None)),
-    "class f:\n    def __call__(self, images, prompts): pass": (
-        "f is a class and must be instantiated; if f creates a reward, write `reward = f",
-        type(None),
-    ),
     "def f(device): return lambda images, prompts: images": (
         r"it takes \(device\) and not images and prompts; if f creates a reward, write `reward = f",
         type(None),
@@ -194,11 +180,6 @@ def test_a_function_of_flow_grpo_runs_unchanged(own, images):
     scores = score(rewards.load(name, "cpu"), images)
     expected = score(rewards.load("compressibility", "cpu"), images)
     assert torch.equal(scores, -expected)
-    factory = name.replace(":reward", ":jpeg_incompressibility")
-    with pytest.raises(
-        rewards.RewardError, match=r"write `reward = jpeg_incompressibility\(...\)`"
-    ):
-        rewards.load(factory, "cpu")
 
 
 def by_hand(prompts, metadata):
@@ -215,19 +196,11 @@ class Module(torch.nn.Module):
         return torch.tensor(by_hand(prompts, metadata))
 
 
-class Instance:
-    def __call__(self, pictures, texts, lines):
-        return by_hand(texts, lines)
-
-
 FORMS = {
     "three": lambda images, prompts, metadata: (by_hand(prompts, metadata), {}),
     "TRL": lambda prompts, images, **kwargs: by_hand(prompts, kwargs["metadata"]),
     "async": asynchronous,
     "module": Module(),
-    "instance": Instance(),
-    "decorated": torch.no_grad()(lambda images, metadata, prompts: by_hand(prompts, metadata)),
-    "partial": functools.partial(lambda _, prompts, metadata: by_hand(prompts, metadata), "option"),
     "any order": lambda metadata, prompts: by_hand(prompts, metadata),
     "two": lambda images, prompts, scale=1: [scale * len(p) + i for i, p in enumerate(prompts)],
     "by position": lambda x, y: [len(p) + i for i, p in enumerate(y)],
@@ -288,13 +261,10 @@ RESULTS = [
     (torch.tensor([1, 2, 3]), [1, 2, 3]),
     (torch.tensor([1, 2, 3], dtype=torch.bfloat16), [1, 2, 3]),
     (np.array([3, 2, 1], ">f4")[::-1], [1, 2, 3]),
-    ([1, 2.0, Decimal("0.5")], [1, 2, 0.5]),
     ([torch.tensor(1.0), np.float32(2), True], [1, 2, 1]),
     ((1, 2, 3), [1, 2, 3]),
     ([1, None, 3], [1, NAN, 3]),
     ([1, float("inf"), -float("inf")], [1, NAN, NAN]),
-    (np.array([1, None, 2]), [1, NAN, 2]),
-    (([1, 2, 3],), [1, 2, 3]),
     ((torch.ones(3), {}, "more", [2]), [1, 1, 1]),
 ]
 
@@ -306,22 +276,8 @@ def test_scores_of_any_kind(result, expected, images):
     assert scores.tolist() == pytest.approx(expected, nan_ok=True)
 
 
-def test_scores_are_not_the_rewards_own_buffer(images):
-    buffer = torch.zeros(3)
-    scores = score(lambda images, prompts: buffer, images)
-    buffer += 1
-    assert scores.tolist() == [0, 0, 0]
-
-
 def test_the_numbers_in_info_are_returned_as_means(images):
-    info = {
-        "a": 2,
-        "b": [1, 2, 6],
-        "c": torch.tensor([1.0, 3]),
-        "d": "text",
-        "e": [None],
-        "f": None,
-    }
+    info = {"a": 2, "b": [1, 2, 6], "c": torch.tensor([1.0, 3]), "d": "text", "e": [None]}
     _, means = rewards.score("mine", lambda images: ([1, 2, 3], info), images, PROMPTS)
     assert means == {"a": 2, "b": 3, "c": 2}
 
@@ -330,10 +286,7 @@ WRONG = [
     ([1.0], r"got the shape \(1,\)$"),
     (torch.ones(3, 1), r"got the shape \(3, 1\)$"),
     ([[1.0]] * 3, "TypeError: .* not 'list'$"),
-    (["good"] * 3, "ValueError: could not convert string to float: 'good'$"),
-    ("text", "ValueError: "),
     (None, r"got the shape \(\)$"),
-    ([10**400] * 3, "OverflowError: "),
     (lambda images, prompts: [1, 2, 3], "it returned a function; call the factory in your file"),
 ]
 
@@ -356,19 +309,8 @@ def test_a_reward_that_fails_is_named_and_its_error_is_the_cause(error, images):
     assert "\n" not in str(caught.value) and caught.value.__cause__ is error
 
 
-def test_ctrl_c_passes(images):
-    def interrupted(images, prompts):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        score(interrupted, images)
-
-
 def test_no_reward_leaves_it_to_transformers_how_to_prepare_pictures():
-    """With torchvision installed it would take that, and 0.4 % of the values differ by one level.
-
-    The tests of the rewards compare their pixels with PIL's own.
-    """
+    """With torchvision installed it would take that, and some values would differ by a level."""
     for name in rewards.names():
         source = (Path(rewards.__file__).parent / f"{name}.py").read_text()
         assert not re.search(r"\b(AutoProcessor|CLIPProcessor|CLIPImageProcessor)\b", source)
