@@ -180,9 +180,9 @@ class Trainer:
                 self.done, self.between_steps = step + 1, False
             self.metrics = {
                 "step": self.done,
-                **run.reward_metrics(scores, advantages, finite),
+                **report.reward_metrics(scores, advantages, finite),
                 **info,
-                **run.mean_over_processes(groups),
+                **report.mean_over_processes(groups),
                 "grad_norm": None if None in norms else sum(norms) / len(norms),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 **clock.metrics(len(chosen) * settings.group_size),

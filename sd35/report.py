@@ -1,4 +1,4 @@
-"""What a person sees of a run: validation images, curves, and the model card."""
+"""What a person sees of a run: metrics, curves, validation images, and the model card."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import yaml
+from accelerate.utils import gather_object
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -43,6 +44,37 @@ GLOSSARY = """\
 - eval/NAME, eval_base/NAME: mean reward of the validation images by the saved average and by the
   base model, from the same noise. If reward rises and these fall, the reward is being hacked.
 """
+
+
+def reward_metrics(
+    scores: dict[str, tuple[float, Tensor]], advantages: Tensor, finite: Tensor
+) -> dict[str, float]:
+    """Means over the groups with finite scores, and shares of all groups.
+
+    scores: a weight and the scores (P, G) by the reward's name. advantages: (P, G). finite: (P,).
+    """
+    total = sum(weight * values for weight, values in scores.values())
+    metrics = {}
+    for name, values in {"": total, **{f"/{k}": v for k, (_, v) in scores.items()}}.items():
+        values = values[finite]
+        metrics[f"reward{name}"] = values.mean().item()
+        metrics[f"reward_std{name}"] = values.std(1, correction=0).mean().item()
+    equal = finite & (advantages == 0).all(1)
+    metrics["equal_groups"] = equal.float().mean().item()
+    metrics["groups_not_finite"] = (~finite).float().mean().item()
+    return metrics
+
+
+def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
+    """Means over all processes' groups with a preference, and of the KL over all groups."""
+    names = ("loss", "gap", "gate", "clipped", "kl")
+    rows = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
+    rows = gather_object(rows)
+    means: dict[str, float | None] = {}
+    for i, name in enumerate(names):
+        values = [row[i] for row in rows if row[-1] or name == "kl"]
+        means[name] = sum(values) / len(values) if values else None
+    return means
 
 
 def plot_curves(metrics: Path, path: Path) -> None:

@@ -24,8 +24,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LoggerType, get_available_trackers
-from accelerate.utils import gather_object
-from torch import Tensor
 
 from rewards import RewardError
 from sd35.lora import LORA_FILE, save_lora
@@ -219,37 +217,6 @@ class Clock:
         if self.cuda:
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return metrics | {f"seconds/{phase}": value for phase, value in self.seconds.items()}
-
-
-def reward_metrics(
-    scores: dict[str, tuple[float, Tensor]], advantages: Tensor, finite: Tensor
-) -> dict[str, float]:
-    """Means over the groups with finite scores, and shares of all groups.
-
-    scores: a weight and the scores (P, G) by the reward's name. advantages: (P, G). finite: (P,).
-    """
-    total = sum(weight * values for weight, values in scores.values())
-    metrics = {}
-    for name, values in {"": total, **{f"/{k}": v for k, (_, v) in scores.items()}}.items():
-        values = values[finite]
-        metrics[f"reward{name}"] = values.mean().item()
-        metrics[f"reward_std{name}"] = values.std(1, correction=0).mean().item()
-    equal = finite & (advantages == 0).all(1)
-    metrics["equal_groups"] = equal.float().mean().item()
-    metrics["groups_not_finite"] = (~finite).float().mean().item()
-    return metrics
-
-
-def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """Means over all processes' groups with a preference, and of the KL over all groups."""
-    names = ("loss", "gap", "gate", "clipped", "kl")
-    rows = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
-    rows = gather_object(rows)
-    means: dict[str, float | None] = {}
-    for i, name in enumerate(names):
-        values = [row[i] for row in rows if row[-1] or name == "kl"]
-        means[name] = sum(values) / len(values) if values else None
-    return means
 
 
 def add_metrics(path: Path, metrics: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """What a person sees of a run: validation sheets, curves, the model card."""
 
 import json
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from matplotlib.axes import Axes
@@ -118,3 +120,20 @@ def test_the_result_is_pushed_to_the_hub(plain, monkeypatch):
     expected = "README.md curves.png metrics.jsonl pytorch_lora_weights.safetensors".split()
     assert files == [*expected, "validation/step-000003.png"]
     assert uploaded[0]["repo_id"] == "me/lora"
+
+
+def test_means_are_those_of_the_groups_with_finite_scores_and_a_preference():
+    one = torch.tensor([[0.0, 1.0], [2.0, 2.0], [math.nan, 5.0]])
+    scores = {"one": (1.0, one), "two": (2.0, one + 1)}
+    advantages = torch.tensor([[-1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    values = report.reward_metrics(scores, advantages, torch.tensor([True, True, False]))
+    assert values["reward/one"] == 1.25 and values["reward"] == 1.25 + 2 * 2.25
+    assert values["reward_std/one"] == 0.25
+    assert values["equal_groups"] == values["groups_not_finite"] == pytest.approx(1 / 3)
+
+    group = dict.fromkeys(("loss", "gap", "gate", "clipped", "kl"), torch.tensor([1.0, 3.0]))
+    equal = {name: 10 * value for name, value in group.items()}
+    groups = [group | {"preferred": torch.ones(2)}, equal | {"preferred": torch.zeros(2)}]
+    means = report.mean_over_processes(groups)
+    assert means == {"loss": 2, "gap": 2, "gate": 2, "clipped": 2, "kl": 11}
+    assert report.mean_over_processes(groups[1:])["loss"] is None

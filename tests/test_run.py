@@ -252,23 +252,6 @@ def test_a_signal_does_not_wait_for_a_reward_that_never_ends(tiny, tmp_path):
 # Metrics
 
 
-def test_means_are_those_of_the_groups_with_finite_scores_and_a_preference():
-    one = torch.tensor([[0.0, 1.0], [2.0, 2.0], [math.nan, 5.0]])
-    scores = {"one": (1.0, one), "two": (2.0, one + 1)}
-    advantages = torch.tensor([[-1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
-    values = run.reward_metrics(scores, advantages, torch.tensor([True, True, False]))
-    assert values["reward/one"] == 1.25 and values["reward"] == 1.25 + 2 * 2.25
-    assert values["reward_std/one"] == 0.25
-    assert values["equal_groups"] == values["groups_not_finite"] == pytest.approx(1 / 3)
-
-    group = dict.fromkeys(("loss", "gap", "gate", "clipped", "kl"), torch.tensor([1.0, 3.0]))
-    equal = {name: 10 * value for name, value in group.items()}
-    groups = [group | {"preferred": torch.ones(2)}, equal | {"preferred": torch.zeros(2)}]
-    means = run.mean_over_processes(groups)
-    assert means == {"loss": 2, "gap": 2, "gate": 2, "clipped": 2, "kl": 11}
-    assert run.mean_over_processes(groups[1:])["loss"] is None
-
-
 @pytest.mark.parametrize("name", ["mlflow", "wandb", "tensorboard"])
 def test_a_tracker_gets_numbers_and_an_image_if_it_takes_images(name):
     logged, tracker = [], SimpleNamespace(name=name)
