@@ -29,8 +29,7 @@ def predictor(state: dict[str, Tensor]) -> nn.Sequential:
 def load(device: torch.device | str, model: str | None = None) -> Reward:
     """The predicted rating from CLIP ViT-L/14's normalised embedding of the image.
 
-    1.7 GB for CLIP, 4 MB for the head (Apache-2.0). model: others, as "clip,head.pth" by name or
-    path. Raises RewardError if it is not two names.
+    1.7 GB for CLIP, 4 MB for the head (Apache-2.0). model: others, as "clip,head.pth".
     """
     from transformers import AutoImageProcessor, AutoModel
 

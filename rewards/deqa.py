@@ -138,8 +138,7 @@ def squares(pixels: np.ndarray, grey: list[int]) -> np.ndarray:
     """Pictures (N, H, W, 3) in the middle of grey squares (N, S, S, 3), S the longer side."""
     number, height, width, _ = pixels.shape
     side = max(height, width)
-    square = np.empty((number, side, side, 3), np.uint8)
-    square[:] = grey
+    square = np.tile(np.uint8(grey), (number, side, side, 1))
     y, x = (side - height) // 2, (side - width) // 2
     square[:, y : y + height, x : x + width] = pixels
     return square

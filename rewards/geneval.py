@@ -3,8 +3,7 @@
 A detector finds objects, CLIP names their colors, and rules judge. A prompt is a line of GenEval's
 metadata: "tag" (one of six tasks), "include" (a list of clauses: "class", "count", and perhaps
 "color" and "position", a relation and the index of an earlier clause) and perhaps "exclude"
-(clauses, too). Metadata may come from pandas or datasets: null and NaN are read as absent, 1.0 and
-"1" as 1, a JSON string as what it holds, and a missing count as 1.
+(clauses, too), as it is or as pandas and datasets write it.
 
 `--reward geneval` is a clean grade from 0 to 1, and 1 only if everything is right. The released
 grade rewards a wrong position and has no lower bound; `geneval_released` reproduces it. Both
@@ -63,7 +62,7 @@ def known(kind: str, name: Any, names: list[str]) -> str:
 
 
 def whole(value: Any, allowed: range, sentence: str) -> int:
-    """Read 2, 2.0 or "2". Raises ValueError with the sentence if it is not an allowed number."""
+    """Read 2, 2.0 or "2". Raises ValueError with the sentence if that is not allowed."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -84,7 +83,7 @@ def decoded(value: Any) -> Any:
 
 
 def read_clause(value: Any, index: int, most: int) -> dict:
-    """Check the clause with this index, of at most so many objects. Raises ValueError."""
+    """Read the clause with this index, of at most so many objects. Raises ValueError."""
     fields = decoded(value)
     if not isinstance(fields, dict):
         raise ValueError(f"a clause must be an object with class and count, got {value!r}")
@@ -138,11 +137,7 @@ Verdict = Callable[[dict, Objects, NameColors], float]
 
 
 def relations(one: Detection, other: Detection) -> set[str]:
-    """How `one` lies to `other`: none, one or two of RELATIONS.
-
-    The offset of the centers counts beyond a dead zone of 0.1 of both boxes' sizes, and a
-    coordinate's share of the whole offset must exceed 0.5.
-    """
+    """How `one` lies to `other`, by their centers: none, one or two of RELATIONS."""
     a, b = np.array(one.box).reshape(2, 2), np.array(other.box).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
     dead = DEAD_ZONE * ((a[1] - a[0]) + (b[1] - b[0]))

@@ -25,9 +25,7 @@ check_prompt = geneval.check_prompt
 def released(prompt: dict, objects: geneval.Objects, name_colors: geneval.NameColors) -> float:
     """The released score: at most 1, with no lower bound."""
     grades = []
-    met: list[
-        list[geneval.Detection] | None
-    ] = []  # a clause's objects, or None if not all is exact
+    met: list = []  # each clause's objects, or None if not all is exact
     for clause in prompt["include"]:
         name, count = clause["class"], clause["count"]
         detections = objects.get(name, [])
@@ -52,5 +50,5 @@ def released(prompt: dict, objects: geneval.Objects, name_colors: geneval.NameCo
 
 
 def load(device: torch.device | str, model: str | None = None) -> Reward:
-    """The released score, to be maximised. Otherwise as `rewards.geneval.load`."""
+    """The released score. Otherwise as `rewards.geneval.load`."""
     return geneval.load(device, model, released)

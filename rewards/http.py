@@ -42,10 +42,7 @@ def check_address(url: str | None, example: str) -> str:
 
 
 def post(url: str, content: dict) -> dict:
-    """Post a JSON object and return the one that the server answers.
-
-    Raises RewardError if it does not answer in time or not with JSON.
-    """
+    """Post a JSON object and return the one that the server answers, or raise RewardError."""
     request = urllib.request.Request(
         url, json.dumps(content).encode(), {"Content-Type": "application/json"}
     )

@@ -27,7 +27,7 @@ class RewardError(ValueError):
 
 @contextlib.contextmanager
 def named_errors(what: str) -> Iterator[None]:
-    """Raise any error, and any attempt to exit, as a RewardError that begins with `what`.
+    """Raise any error or attempt to exit as a RewardError that begins with `what`.
 
     Its cause is the original error, unless that is an OSError or RewardError, which say enough.
     """
@@ -77,10 +77,7 @@ def load_own(place: str, function: str) -> Callable:
 
 
 def arguments(reward: Callable, images: Any, prompts: Any, metadata: Any) -> tuple[tuple, dict]:
-    """The positional and named arguments to call a reward with: by name if the names suffice.
-
-    Raises TypeError if it cannot be called in either way.
-    """
+    """The arguments to call a reward with, by name if its names suffice, or a TypeError."""
     if inspect.isclass(reward):
         raise TypeError(f"{reward.__name__} is a class and must be instantiated")
     signature = inspect.signature(reward.forward if isinstance(reward, torch.nn.Module) else reward)

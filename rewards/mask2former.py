@@ -1,8 +1,7 @@
 """GenEval's own detector, mmdet 2.x's Mask2Former with a Swin-S, in transformers' Mask2Former.
 
-GenEval's numbers are defined by this network's weights and by what mmdet does to a picture before
-and after it. mmdet needs compiled code and a torch of 2022, so its tensors are renamed here for
-transformers' Mask2Former, and the rest is written to agree with mmdet bit for bit.
+mmdet needs compiled code and a torch of 2022, so its tensors are renamed here, and what it does to
+a picture before and after the network is written to agree with it bit for bit.
 """
 
 from __future__ import annotations
@@ -74,7 +73,9 @@ UNUSED = {f"{E}.swin.layernorm.weight", f"{E}.swin.layernorm.bias", "criterion.e
 
 
 def renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One of mmdet's tensors as the one or three of transformers."""
+    """One of mmdet's tensors as those of transformers."""
+    if name.endswith(".relative_position_index"):  # a constant
+        return {}
     for old, new in RENAMED:
         name = re.sub(old, new, name)
     if "[qkv]" in name:
@@ -83,8 +84,6 @@ def renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if ".downsample." in name:
         # Four neighbouring places, from (channel, row, column) to (column, row, channel).
         tensor = tensor.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)
-    elif name.endswith(".relative_position_index"):
-        tensor = tensor.flatten()
     return {name: tensor}
 
 
@@ -99,9 +98,6 @@ def convert(state: dict[str, Tensor], config=None) -> nn.Module:
     tensors = {}
     for name, tensor in state.items():
         tensors |= renamed(name, tensor)
-    for name, buffer in network.named_buffers():  # constants of both
-        if name in tensors and not torch.equal(tensors.pop(name), buffer):
-            raise RuntimeError(f"{name} has other values")
     missing, unexpected = network.load_state_dict(tensors, strict=False)
     wrong = [*unexpected, *(set(missing) - UNUSED)]
     if wrong:
@@ -110,11 +106,7 @@ def convert(state: dict[str, Tensor], config=None) -> nn.Module:
 
 
 def load_network(model: str) -> nn.Module:
-    """The network of mmdet's checkpoint (.pth), by path or URL.
-
-    Raises RewardError if a package is missing, OSError if the file is, and RuntimeError if it is
-    that of another network.
-    """
+    """The network of mmdet's checkpoint (.pth), by path or URL."""
     need("pip install scipy opencv-python-headless", "scipy", "cv2")
     return convert(read_weights(model)["state_dict"])
 

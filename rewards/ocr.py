@@ -74,11 +74,7 @@ def find_quotations(prompt: str, kinds: tuple[str, ...], lenient: bool) -> list[
 
 
 def quoted_texts(prompt: str) -> list[str]:
-    """The texts that a prompt quotes: those in double quotation marks, else in single ones.
-
-    Raises RewardError, naming the prompt, if there are none, if a mark is not closed, or if it can
-    be read in two ways.
-    """
+    """The texts that a prompt quotes, in double marks, else in single ones, or a RewardError."""
     plain = re.sub(r"\\([\"'])", r"\1", prompt)
     field = plain[1:-1]
     if plain == f'"{field}"' and '""' in field and '"' not in field.replace('""', ""):
@@ -96,7 +92,7 @@ def quoted_texts(prompt: str) -> list[str]:
 
 
 def target_text(prompt: str) -> str:
-    """The texts that a prompt quotes, joined by spaces. Raises as `quoted_texts`."""
+    """The texts that a prompt quotes, joined by spaces, or a RewardError."""
     return " ".join(quoted_texts(prompt))
 
 
@@ -112,7 +108,7 @@ def similarity(read: str, *targets: str) -> float:
 
     N_e is the edit distance between what is read and the targets, N_ref the targets' length. As in
     the released code, a target that is read whole has distance 0 and other text then costs nothing.
-    The rest of what is read is compared with the other targets in the best order.
+    The rest is compared with the other targets in the best order.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -128,10 +124,7 @@ def similarity(read: str, *targets: str) -> float:
 
 
 def build_engine(**settings):
-    """RapidOCR, reading boxes one by one, because in a batch a reading depends on its neighbours.
-
-    Raises RewardError if a package is missing.
-    """
+    """RapidOCR, reading boxes one by one: in a batch a reading depends on its neighbours."""
     packages = "rapidocr", "onnxruntime", "rapidfuzz"
     need(f"pip install {' '.join(packages)}", *packages)
     from rapidocr import RapidOCR
@@ -198,8 +191,6 @@ def load(device: torch.device | str, model: str | None = None, line: int | None 
     line: each image is one upright line of text and nothing else, seen 48 pixels high and at least
     `line` wide. Text is then read without being searched for, on one thread: about 200 images a
     second at a width of 96.
-
-    Raises RewardError if a package is missing or a model is given.
     """
     if model:
         raise RewardError("the models are part of the package rapidocr and cannot be replaced")

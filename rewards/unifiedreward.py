@@ -51,8 +51,7 @@ def read_score(answer: str) -> float:
 def load(device: torch.device | str, model: str | None = None) -> Reward:
     """UnifiedReward's points, 1 to 5, or NaN for an answer without a score.
 
-    model: the endpoint, as http://host:port/v1, and ",template=FILE" for another question. Raises
-    RewardError without an endpoint, or if the template lacks {prompt}.
+    model: the endpoint, as http://host:port/v1, and ",template=FILE" for another question.
     """
     address, _, file = (model or "").partition(",template=")
     address = check_address(address, "unifiedreward=http://host:port/v1")
