@@ -15,6 +15,10 @@ MODEL, FILE = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER = "bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, from its own code
 LENGTH = 35  # tokens, to which a prompt is padded or cut
+VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+VISION |= {"num_attention_heads": 16, "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6}
+TEXT = {"vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+TEXT |= {"num_attention_heads": 12, "encoder_hidden_size": 1024, "max_position_embeddings": 512}
 
 RENAMED = [  # the published file's names in the vision tower -> transformers' names
     (r"^cls_token$", "embeddings.class_embedding"),
@@ -37,7 +41,7 @@ def towers(state: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
     """BLIP's vision tower and its text tower, which attends to the picture.
 
     ImageReward's own package requires a transformers of 2022, so the published tensors go into
-    transformers' BLIP. All sizes are read off the tensors.
+    transformers' BLIP.
     """
     from transformers import BlipTextConfig, BlipVisionConfig
     from transformers.models.blip.modeling_blip import BlipVisionModel
@@ -46,36 +50,12 @@ def towers(state: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
     visual = part(state, "blip.visual_encoder.")
     for old, new in RENAMED:
         visual = {re.sub(old, new, name): x for name, x in visual.items()}
-    width, _, patch, _ = visual["embeddings.patch_embedding.weight"].shape
-    side = round((visual["embeddings.position_embedding"].shape[1] - 1) ** 0.5) * patch
-    vision = BlipVisionModel(
-        BlipVisionConfig(
-            hidden_size=width,
-            intermediate_size=visual["encoder.layers.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=len({name.split(".")[2] for name in visual if ".layers." in name}),
-            num_attention_heads=width // 64,
-            image_size=side,
-            patch_size=patch,
-            layer_norm_eps=1e-6,
-        )
-    )
+    vision = BlipVisionModel(BlipVisionConfig(**VISION))
     vision.load_state_dict(visual)
 
     textual = part(state, "blip.text_encoder.")
     textual.pop("embeddings.position_ids", None)  # a constant
-    words, hidden = textual["embeddings.word_embeddings.weight"].shape
-    text = BlipTextModel(
-        BlipTextConfig(
-            vocab_size=words,
-            hidden_size=hidden,
-            encoder_hidden_size=width,
-            intermediate_size=textual["encoder.layer.0.intermediate.dense.weight"].shape[0],
-            num_hidden_layers=len({name.split(".")[2] for name in textual if ".layer." in name}),
-            num_attention_heads=hidden // 64,
-            max_position_embeddings=textual["embeddings.position_embeddings.weight"].shape[0],
-        ),
-        add_pooling_layer=False,
-    )
+    text = BlipTextModel(BlipTextConfig(**TEXT), add_pooling_layer=False)
     text.load_state_dict(textual)
     return vision.eval(), text.eval()
 
@@ -96,7 +76,7 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
     vision, text = (tower.to(device) for tower in towers(state))
     head = predictor(part(state, "mlp.")).to(device)
     tokenizer = AutoTokenizer.from_pretrained(name or TOKENIZER)
-    side = vision.config.image_size
+    side = VISION["image_size"]
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
 
     @torch.no_grad()

@@ -86,8 +86,7 @@ def random(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def network():
-    tensors = random_tensors(TENSORS.strip(), V=V[:-1], A=A[:-1])
-    return deqa.Network(tensors, CONFIG)
+    return deqa.Network(random_tensors(TENSORS.strip(), V=V[:-1], A=A[:-1]), CONFIG)
 
 
 def test_the_vision_tower_is_clips_except_for_the_order_of_its_weights(network):

@@ -7,9 +7,14 @@ from reward_models import pil_pixels, random_tensors
 from transformers import BertTokenizer
 
 import rewards
+from rewards import imagereward
 
 PROMPTS = ["a red circle", "a blue square", "a green circle and a red square"]
 
+VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2)
+VISION |= dict(image_size=24, patch_size=8, layer_norm_eps=1e-6)
+TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1)
+TEXT |= dict(vocab_size=40, encoder_hidden_size=128, max_position_embeddings=48)
 
 # The published names, and shapes in small.
 TENSORS = """
@@ -98,8 +103,10 @@ def forward(pixels, ids, mask):
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, monkeypatch):
     """A tokenizer of BERT's kind with few words, and a small ImageReward.pt."""
+    monkeypatch.setattr(imagereward, "VISION", VISION)
+    monkeypatch.setattr(imagereward, "TEXT", TEXT)
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] a red green circle square and blue".split()
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "words")
