@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,14 +207,6 @@ def test_the_score_is_the_expected_level(network, published, monkeypatch):
     chances = logits[levels].softmax(0)
     expected = sum((i + 1) * chance for i, chance in enumerate(chances.tolist()))
     assert scores[0].item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_square_is_filled_around_the_picture():
-    picture = np.arange(12, dtype=np.uint8).reshape(1, 1, 4, 3)
-    wide, tall = deqa.squares(picture, [7, 8, 9]), deqa.squares(picture.swapaxes(1, 2), [7, 8, 9])
-    assert wide.shape == tall.shape == (1, 4, 4, 3) and wide.dtype == np.uint8
-    assert (wide[:, 1] == picture[:, 0]).all() and (tall[:, :, 1] == picture[:, 0]).all()
-    assert (wide[:, [0, 2, 3]] == [7, 8, 9]).all() and (tall[:, :, [0, 2, 3]] == [7, 8, 9]).all()
 
 
 def test_a_missing_file_is_named(published, tmp_path):

@@ -29,18 +29,15 @@ def mmdet_shapes(embed, width, depths, heads, window, hidden, layers, attention_
     def layer(name, *shape):
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
 
-    def norm(name, size):
-        layer(name, size)
-
     layer("backbone.patch_embed.projection", embed, 3, 4, 4)
-    norm("backbone.patch_embed.norm", embed)
+    layer("backbone.patch_embed.norm", embed)
     for i, depth in enumerate(depths):
         size = embed * 2**i
-        norm(f"backbone.norm{i}", size)
+        layer(f"backbone.norm{i}", size)
         for j in range(depth):
             block = f"backbone.stages.{i}.blocks.{j}"
-            norm(f"{block}.norm1", size)
-            norm(f"{block}.norm2", size)
+            layer(f"{block}.norm1", size)
+            layer(f"{block}.norm2", size)
             layer(f"{block}.attn.w_msa.qkv", 3 * size, size)
             layer(f"{block}.attn.w_msa.proj", size, size)
             table = (2 * window - 1) ** 2, heads[i]
@@ -49,18 +46,15 @@ def mmdet_shapes(embed, width, depths, heads, window, hidden, layers, attention_
             layer(f"{block}.ffn.layers.0.0", 4 * size, size)
             layer(f"{block}.ffn.layers.1", size, 4 * size)
         if i < 3:
-            norm(f"backbone.stages.{i}.downsample.norm", 4 * size)
+            layer(f"backbone.stages.{i}.downsample.norm", 4 * size)
             shapes[f"backbone.stages.{i}.downsample.reduction.weight"] = (2 * size, 4 * size)
     pixel = "panoptic_head.pixel_decoder"
     for i in range(3):
         layer(f"{pixel}.input_convs.{i}.conv", width, embed * 2 ** (3 - i), 1, 1)
-        norm(f"{pixel}.input_convs.{i}.gn", width)
-    for name, *shape in (
-        ("lateral_convs.0", width, embed, 1, 1),
-        ("output_convs.0", width, width, 3, 3),
-    ):
-        shapes[f"{pixel}.{name}.conv.weight"] = tuple(shape)
-        norm(f"{pixel}.{name}.gn", width)
+        layer(f"{pixel}.input_convs.{i}.gn", width)
+    for name, *shape in (("lateral", width, embed, 1, 1), ("output", width, width, 3, 3)):
+        shapes[f"{pixel}.{name}_convs.0.conv.weight"] = tuple(shape)
+        layer(f"{pixel}.{name}_convs.0.gn", width)
     layer(f"{pixel}.mask_feature", width, width, 1, 1)
     shapes[f"{pixel}.level_encoding.weight"] = (3, width)
     for i in range(layers[0]):
@@ -72,8 +66,8 @@ def mmdet_shapes(embed, width, depths, heads, window, hidden, layers, attention_
         layer(f"{name}.attentions.0.output_proj", width, width)
         layer(f"{name}.ffns.0.layers.0.0", hidden[0], width)
         layer(f"{name}.ffns.0.layers.1", width, hidden[0])
-        norm(f"{name}.norms.0", width)
-        norm(f"{name}.norms.1", width)
+        layer(f"{name}.norms.0", width)
+        layer(f"{name}.norms.1", width)
     for i in range(layers[1]):
         name = f"panoptic_head.transformer_decoder.layers.{i}"
         for j in range(2):
@@ -83,8 +77,8 @@ def mmdet_shapes(embed, width, depths, heads, window, hidden, layers, attention_
         layer(f"{name}.ffns.0.layers.0.0", hidden[1], width)
         layer(f"{name}.ffns.0.layers.1", width, hidden[1])
         for j in range(3):
-            norm(f"{name}.norms.{j}", width)
-    norm("panoptic_head.transformer_decoder.post_norm", width)
+            layer(f"{name}.norms.{j}", width)
+    layer("panoptic_head.transformer_decoder.post_norm", width)
     for name, rows in ("query_embed", queries), ("query_feat", queries), ("level_embed", 3):
         shapes[f"panoptic_head.{name}.weight"] = (rows, width)
     layer("panoptic_head.cls_embed", 81, width)
@@ -93,23 +87,13 @@ def mmdet_shapes(embed, width, depths, heads, window, hidden, layers, attention_
     return shapes
 
 
-def window_index(side):
-    """Which row of the table of biases is for two places of a window: their offset's."""
-    places = [(y, x) for y in range(side) for x in range(side)]
-    rows = [
-        [(a - c + side - 1) * (2 * side - 1) + b - d + side - 1 for c, d in places]
-        for a, b in places
-    ]
-    return torch.tensor(rows)
-
-
 def mmdet_state(sizes):
     """Values for all of them, the same in any environment."""
     random = np.random.RandomState(0)
     state = {}
     for name, shape in sorted(mmdet_shapes(**sizes).items()):
         if name.endswith("_index"):
-            state[name] = window_index(sizes["window"])
+            state[name] = torch.zeros(shape)  # a constant, which is not read
             continue
         values = random.standard_normal(shape) / math.sqrt(math.prod(shape[1:]) or 1)
         values = values if len(shape) > 1 else 0.3 * values + name.endswith("weight")
