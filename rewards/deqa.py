@@ -3,12 +3,13 @@
 Its model is mPLUG-Owl2 (Ye et al. 2023, arXiv:2311.04257): a ViT sees the picture, an abstractor
 sums it up in 64 tokens, and a LLaMA 2, whose norms, keys and values have weights of their own for
 these tokens, completes "The quality of the image is". The published code needs a transformers of
-2023 and permission to run, so the forward pass is written out here over the published tensors.
+2023, so the forward pass is written out here over the published tensors.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
+@dataclass
 class Network:
     """The forward pass."""
 
-    def __init__(self, tensors: dict[str, Tensor], config: dict):
-        self.tensors, self.config = tensors, config
+    tensors: dict[str, Tensor]
+    config: dict
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))

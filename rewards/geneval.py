@@ -202,9 +202,9 @@ def load_detector(device: torch.device | str, model: str) -> Callable[[Tensor, f
                 box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
                 detection = Detection(tuple(float(edge) for edge in box), float(score), mask)
                 objects.setdefault(CLASSES[label], []).append(detection)
-        return {
-            name: sorted(each, key=lambda one: -one.score)[:MOST] for name, each in objects.items()
-        }
+        for detections in objects.values():
+            detections.sort(key=lambda one: -one.score)
+        return {name: detections[:MOST] for name, detections in objects.items()}
 
     return detect
 
@@ -217,9 +217,7 @@ def crop(image: Tensor, one: Detection) -> Tensor:
     return shown[:, top:bottom, left:right]
 
 
-def load_classifier(
-    device: torch.device | str, model: str
-) -> Callable[[Tensor, str, list[Detection]], list[str]]:
+def load_classifier(device: torch.device | str, model: str) -> Callable[..., list[str]]:
     """(image, class, its objects) -> a color for each, by CLIP without training."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 

@@ -125,9 +125,7 @@ def prepare(picture: np.ndarray) -> tuple[Tensor, tuple[int, int]]:
 
 
 @torch.no_grad()
-def segment(
-    network: nn.Module, picture: np.ndarray, threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def segment(network: nn.Module, picture: np.ndarray, threshold: float) -> tuple[Tensor, ...]:
     """uint8 RGB (H, W, 3) -> scores (N,) above the threshold, classes (N,), masks (N, H, W)."""
     pixels, (height, width) = prepare(picture)
     output = network(pixel_values=pixels.to(network.device))

@@ -194,11 +194,9 @@ def load(device: torch.device | str, model: str | None = None, line: int | None 
     """
     if model:
         raise RewardError("the models are part of the package rapidocr and cannot be replaced")
-    if line:
-        threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1}
-        engine = build_engine(**{"Rec.rec_img_shape": [3, 48, line]}, **threads)
-    else:
-        engine = build_engine()
+    threads = "EngineConfig.onnxruntime.intra_op_num_threads"
+    settings = {"Rec.rec_img_shape": [3, 48, line], threads: 1} if line else {}
+    engine = build_engine(**settings)
 
     def read(picture: np.ndarray) -> str:
         bgr = picture[:, :, ::-1].copy()  # as the engine expects it

@@ -27,16 +27,12 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
     tokenizer = AutoTokenizer.from_pretrained(source)
     processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     clip = AutoModel.from_pretrained(model).eval().to(device)
+    length = clip.config.text_config.max_position_embeddings
+    padded = {"padding": "max_length", "truncation": True, "max_length": length}
 
     @torch.no_grad()
     def pickscore(images: Tensor, prompts: list[str]) -> Tensor:
-        tokens = tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )
+        tokens = tokenizer(prompts, **padded, return_tensors="pt")
         pixels = processor(list(to_bytes(images)), return_tensors="pt")
         # Called as a whole, because what get_image_features returns depends on the release.
         output = clip(**tokens.to(device), **pixels.to(device))

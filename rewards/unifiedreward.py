@@ -6,9 +6,7 @@ LLaVA-OneVision, whose architecture SGLang serves and vLLM does not:
     python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 \\
         --served-model-name UnifiedReward --chat-template chatml-llava --port 8000
 
-Later versions are Qwen-VLs, score differently, and are served by vLLM:
-
-    vllm serve CodeGoat24/UnifiedReward-2.0-qwen-7b --served-model-name UnifiedReward --port 8000
+Later versions are Qwen-VLs, which vLLM serves under the same name; they score differently.
 
 **The wording of the question decides the number.** QUESTION below is ours; do not compare its
 scores with published ones. For those, copy the authors' wording into a file, with {prompt} in the
