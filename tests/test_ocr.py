@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 import rewards
 from rewards import ocr
@@ -145,20 +145,10 @@ def sign(*texts, size=64, angle=0, side=384, places=None):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def noisy(image):
-    blurred = Image.fromarray(rewards.to_bytes(image[None])[0]).filter(
-        ImageFilter.GaussianBlur(1.5)
-    )
-    noise = np.random.RandomState(0).randn(*blurred.size, 3) * 0.15
-    return torch.from_numpy((np.array(blurred) / 255 + noise).clip(0, 1)).permute(2, 0, 1).float()
-
-
 TURNED, HELLO = ["EXIT", "SALE", "CAFE"], ["HELLO", "WORLD"]
 SIDE_BY_SIDE = [(105, 200), (285, 184)]  # the left word is 16 px lower
 SIGNS = {  # the picture, what its prompt quotes, the least and the greatest score
     "clean": (lambda: sign("OPEN DAILY"), ["OPEN DAILY"], 1, 1),
-    "small": (lambda: sign("OPEN DAILY", size=22), ["OPEN DAILY"], 0.9, 1),
-    "noisy": (lambda: noisy(sign("OPEN DAILY")), ["OPEN DAILY"], 0.9, 1),
     "two lines": (lambda: sign("OPEN", "DAILY"), ["OPEN DAILY"], 1, 1),
     "two texts": (lambda: sign("SHUT", "OPEN"), ["OPEN", "SHUT"], 1, 1),
     "side by side": (lambda: sign(*HELLO, size=40, places=SIDE_BY_SIDE), [" ".join(HELLO)], 1, 1),

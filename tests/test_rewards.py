@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 import rewards
-from rewards import interface
 
 OWN = f"{Path(__file__).parent}/own_rewards.py"
 PROMPTS = [{"prompt": text, "n": n} for n, text in enumerate(["a red cat", "blue sky", "a cup"])]
@@ -142,12 +141,6 @@ def test_other_weights_are_refused_where_there_are_none():
     for name in ("compressibility", f"{OWN}:brightness"):
         with pytest.raises(rewards.RewardError, match=f"cannot load the reward {name}: .*weights"):
             rewards.load(name, "cpu", "folder")
-
-
-def test_a_missing_package_is_named_with_its_pip_command(monkeypatch):
-    with pytest.raises(rewards.RewardError, match="^it needs `pip install one two`$"):
-        interface.need("pip install one two", "json", "no_such_module")
-    interface.need("", "json", "torch")
 
 
 # Calling: rewards as people write them
