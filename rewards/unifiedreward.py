@@ -6,13 +6,13 @@ LLaVA-OneVision, whose architecture SGLang serves and vLLM does not:
     python -m sglang.launch_server --model-path CodeGoat24/UnifiedReward-7b-v1.5 \\
         --served-model-name UnifiedReward --chat-template chatml-llava --port 8000
 
-Later versions are Qwen-VLs, which vLLM serves under the same name; they score differently.
+Later versions are Qwen-VLs and score differently: `vllm serve`, with the same served-model-name.
 
 **The wording of the question decides the number.** QUESTION below is ours; do not compare its
 scores with published ones. For those, copy the authors' wording into a file, with {prompt} in the
 place of the prompt: --reward_model unifiedreward=http://host:8000/v1,template=question.txt
 It is in github.com/CodeGoat24/UnifiedReward: `question` in sglang_llava/sglang_inference.py for
-UnifiedReward-7b-v1.5 (Flow-GRPO and DGPO use the same), and "text" in
+UnifiedReward-7b-v1.5 (the same in flow_grpo/rewards.py of Luo-Yihong/DGPO), and "text" in
 inference_qwen/image_generation/qwen_point_score_image_generation.py for the Qwen-VLs.
 
 The released code resizes pictures to 512 px, divides points by 5 and counts an answer without a
