@@ -152,6 +152,7 @@ def position(relation="left of", index=0):
 
 REFUSED = [
     ({}, "no GenEval metadata"),
+    ({"include": None}, "no GenEval metadata"),
     ({"include": []}, r"include must be a list of clauses, got \[\]"),
     ({"include": DOG}, "include must be a list of clauses, got {"),
     ({"include": "a dog"}, "'a dog' is not JSON"),
@@ -167,6 +168,7 @@ REFUSED = [
     ({"include": [DOG], "exclude": [clause("dog", 0)]}, "count must be a whole number from 1"),
     (position("to the left of"), "no relation 'to the left of'; the nearest are left of$"),
     (position(index=1), "a position must name an earlier clause by index, got 1"),
+    (position(index=2), "a position must name an earlier clause by index, got 2"),
     ({"include": [{**DOG, "position": ["left of", 0]}]}, "must name an earlier clause"),
     ({"include": [CAT, {**DOG, "position": ["left of"]}]}, "must be a relation and an index"),
 ]
