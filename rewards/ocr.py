@@ -18,6 +18,7 @@ import unicodedata
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rewards import Reward, RewardError, to_bytes
@@ -36,6 +37,7 @@ ALIKE |= {"•": "·", "⁄": "/", "‹": "<", "›": ">", "æ": "ae", "œ": "oe
 
 BOTH_WAYS = set("HINOSXZWM01689nosxzwmupdbql ")  # letters that turned by 180 degrees are letters
 MARGIN = 0.01  # a box is upside down if its turned reading is more confident by this much
+LARGEST = 736  # in larger pictures, the engine misses small words that it finds in a scaled one
 TALL = 1.5  # height / width from which the engine turns a box by 90 degrees before reading it
 
 
@@ -199,6 +201,10 @@ def load(device: torch.device | str, model: str | None = None, line: int | None 
     engine = build_engine(**settings)
 
     def read(picture: np.ndarray) -> str:
+        if max(picture.shape) > LARGEST:
+            image = Image.fromarray(picture)
+            image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+            picture = np.asarray(image)
         bgr = picture[:, :, ::-1].copy()  # as the engine expects it
         # All three flags each time, because the engine keeps those of the last call.
         if line:

@@ -179,6 +179,12 @@ def test_a_box_is_read_alike_whatever_stands_beside_it():
     assert (alone.txts[0], alone.scores[0]) == (beside.txts[0], beside.scores[0])
 
 
+def test_small_words_in_a_large_picture_are_found(reward):
+    """At 1024 pixels the engine misses a word of 20, which it finds in a smaller copy."""
+    picture = sign("OPEN", size=20, side=1024)
+    assert reward(picture[None], ['a sign that says "OPEN"']) == [1.0]
+
+
 def test_a_sign_that_the_engine_does_not_know_is_refused(reward):
     for text in ("Open 24/7 – Café №5", "Straße “Łódź”", "営業中"):
         ocr.check_prompt({"prompt": f"a sign 「{text}」"})
