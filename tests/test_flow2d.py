@@ -1,17 +1,16 @@
-"""The 2-D world is what it says: closed forms against quadrature, the network against the data."""
+"""The 2-D world: closed forms against quadrature, the network against the data it learns."""
 
 import math
 
-import flow2d
 import pytest
 import torch
 
-import dgpo
+from toy import flow2d
 
 C = torch.arange(flow2d.CONDITIONS)
 
 
-def grid(limit=4.0, n=400, dtype=torch.float64):
+def grid(limit=4.0, n=160, dtype=torch.float64):
     """Midpoints (n * n, 2) of square cells that cover [-limit, limit]^2, and the area of a cell."""
     edge = (torch.arange(n, dtype=dtype) + 0.5) / n * 2 * limit - limit
     return torch.cartesian_prod(edge, edge), (2 * limit / n) ** 2
@@ -28,15 +27,15 @@ def test_p_ref_is_a_density_and_its_samples_follow_it(plane):
     density = flow2d.log_prob_ref(C[:, None], points).exp()
     assert (density.sum(1) * cell).tolist() == pytest.approx([1] * 4, abs=1e-9)
 
-    x = flow2d.sample_ref(C.repeat_interleave(40_000), torch.Generator().manual_seed(0))
+    x = flow2d.sample_ref(C.repeat_interleave(20_000), torch.Generator().manual_seed(0))
     mean = (density[..., None] * points).sum(1) * cell
-    torch.testing.assert_close(x.view(4, -1, 2).mean(1).double(), mean, rtol=0, atol=0.03)
-    assert flow2d.on_mode_share(x) == pytest.approx(1 - math.exp(-4.5), abs=0.002)
+    torch.testing.assert_close(x.view(4, -1, 2).mean(1).double(), mean, rtol=0, atol=0.05)
+    assert flow2d.on_mode_share(x) == pytest.approx(1 - math.exp(-4.5), abs=0.003)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_z_by_quadrature_is_z_in_closed_form(beta, plane):
-    """Eq. 5: Z(c) = int p_ref(x|c) exp(r(c, x)/beta) dx, another for each condition."""
+    """Eq. 5: Z(c) = int p_ref(x|c) exp(r(c, x)/beta) dx, which differs between conditions."""
     points, cell = plane
     c = C[:, None]
     integrand = flow2d.log_prob_ref(c, points) + flow2d.reward(c, points) / beta
@@ -57,36 +56,16 @@ def test_p_star_is_eq5_and_inverts_to_the_reward_by_eq6(beta, plane):
     implicit = beta * (log_optimum - log_ref) + beta * flow2d.log_z(C, beta)[:, None]
     torch.testing.assert_close(implicit, flow2d.reward(c, points))
 
-    x = flow2d.sample_optimum(C.repeat_interleave(40_000), beta, torch.Generator().manual_seed(0))
+    x = flow2d.sample_optimum(C.repeat_interleave(20_000), beta, torch.Generator().manual_seed(0))
     mean = (log_optimum.exp()[..., None] * points).sum(1) * cell
-    torch.testing.assert_close(x.view(4, -1, 2).mean(1).double(), mean, rtol=0, atol=0.03)
-
-
-def test_at_p_star_the_gap_of_log_ratios_is_the_gap_of_rewards():
-    """Eq. 6, 11: with Eq. 14's weights, whatever Z(c); with equal ones, off by Z(c)'s share."""
-    beta, G = 1.0, 24
-    x = flow2d.sample_ref(C.repeat_interleave(G), torch.Generator().manual_seed(0)).double()
-    x, c = x.view(4, G, 2), C[:, None]
-    rewards = flow2d.reward(c, x)
-    ratio = beta * (flow2d.log_prob_optimum(c, x, beta) - flow2d.log_prob_ref(c, x))
-    A = dgpo.group_advantages(rewards)
-    positive = dgpo.partition(A)
-
-    def difference(w):
-        return dgpo.group_gap(rewards, w, positive) - dgpo.group_gap(ratio, w, positive)
-
-    assert difference(dgpo.weights(A)).abs().max() < 1e-10
-    equal = torch.ones_like(A)
-    unbalanced = (2 * positive.sum(1) - G) * beta * flow2d.log_z(C, beta)
-    torch.testing.assert_close(difference(equal), unbalanced)
-    assert unbalanced.abs().max() > 1
+    torch.testing.assert_close(x.view(4, -1, 2).mean(1).double(), mean, rtol=0, atol=0.05)
 
 
 def test_learned_density_integrates_to_one_and_is_close_to_p_ref(reference):
-    points, cell = grid(limit=3.2, n=100, dtype=torch.float32)
+    points, cell = grid(limit=3.2, n=64, dtype=torch.float32)
     for c in range(flow2d.CONDITIONS):
         condition = torch.full((len(points),), c)
-        log_learned = flow2d.flow_log_prob(reference, condition, points, steps=20)
+        log_learned = flow2d.flow_log_prob(reference, condition, points, steps=10)
         mass = (log_learned.exp().sum() * cell).item()
         assert mass == pytest.approx(1, abs=0.01)
         overlap = torch.minimum(log_learned, flow2d.log_prob_ref(condition, points)).exp().sum()
@@ -94,7 +73,7 @@ def test_learned_density_integrates_to_one_and_is_close_to_p_ref(reference):
 
 
 def test_learned_density_is_exact_for_a_known_flow():
-    """Data N(m, s^2 I): its velocity field is known, and so is the density it must come back to."""
+    """For data N(m, s^2 I), both the velocity field and the density are known."""
     m, s = torch.tensor([1.0, -0.5]).double(), 0.6
 
     def velocity(x, t, c):
@@ -104,16 +83,8 @@ def test_learned_density_is_exact_for_a_known_flow():
 
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
     expected = torch.distributions.Normal(m, s).log_prob(x).sum(1)
-    found = flow2d.flow_log_prob(velocity, torch.zeros(50).long(), x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_learned_density_does_not_depend_on_the_step(reference):
-    x = flow2d.sample_ref(C.repeat_interleave(50), torch.Generator().manual_seed(0))
-    coarse, fine = (
-        flow2d.flow_log_prob(reference, C.repeat_interleave(50), x, steps) for steps in (50, 100)
-    )
-    assert (coarse - fine).abs().max() < 0.02
+    actual = flow2d.flow_log_prob(velocity, torch.zeros(50).long(), x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_pretrained_network_samples_the_data(reference):
@@ -129,22 +100,19 @@ def test_pretrained_network_samples_the_data(reference):
 
 
 def test_energy_distance_by_hand():
-    """The pair {0, 1} and {3}: 2 (3 + 2)/2 - 1 - 0 = 4, the second set counted twice."""
+    """Between {0, 1} and {3, 3}: 2 (3 + 2)/2 - 1 - 0 = 4."""
     x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     y = torch.tensor([[3.0, 0.0], [3.0, 0.0]])
     assert flow2d.energy_distance(x, y) == pytest.approx(4)
-    z = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
-    assert abs(flow2d.energy_distance(z[:1000], z[1000:])) < 0.01
 
 
-def test_energy_distance_of_equal_densities_scatters_about_0():
-    """It is unbiased, so below 0 about as often as above."""
+def test_energy_distance_is_unbiased():
+    """For equal densities its mean is 0, and it is below 0 about as often as above."""
     g = torch.Generator().manual_seed(0)
-    found = torch.tensor(
-        [flow2d.energy_distance(*torch.randn(2, 100, 2, generator=g)) for _ in range(200)]
-    )
-    assert abs(found.mean()) < 3 * found.std() / 200**0.5
-    assert 0.3 < (found < 0).float().mean() < 0.7
+    pairs = torch.randn(200, 2, 100, 2, generator=g)
+    distances = torch.tensor([flow2d.energy_distance(*pair) for pair in pairs])
+    assert abs(distances.mean()) < 3 * distances.std() / 200**0.5
+    assert 0.3 < (distances < 0).float().mean() < 0.7
 
 
 def test_reward_is_best_on_its_own_mode():
@@ -153,3 +121,11 @@ def test_reward_is_best_on_its_own_mode():
     assert rewards.argmax(1).tolist() == [0, 2, 4, 6]
     assert rewards.max(1).values.tolist() == [0, 0, 0, 0]
     assert flow2d.mode_weights(C).sum(1).tolist() == pytest.approx([1] * 4)
+
+
+def test_pretraining_with_its_defaults_keeps_its_numbers():
+    """The comparison's results in lab/ were computed with them."""
+    torch.manual_seed(0)
+    losses = [*flow2d.pretrain(flow2d.VelocityNet(), 50, torch.Generator().manual_seed(0))]
+    assert [losses[0], losses[49]] == pytest.approx([3.03418, 2.26283], abs=1e-3)
+    assert flow2d.PRETRAINING_STEPS == 1500

@@ -1,223 +1,190 @@
-"""The main job from outside: python toy/run_2d.py, as a user runs it."""
+"""python toy/run_2d.py as a user runs it: what it prints and writes, its flags, its mistakes."""
 
-import functools
+import contextlib
+import io
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
-import report_2d
+import torch
 from PIL import Image
 
-RUN = Path(__file__).parents[1] / "toy" / "run_2d.py"
+import dgpo
+from toy import flow2d, report_2d, run_2d
 
-
-def start(*flags):
-    command = [sys.executable, RUN, *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+SCRIPT = Path(__file__).parents[1] / "toy" / "run_2d.py"
 
 
 def run(*flags):
-    return finish(start(*flags))
+    """main() in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        code = run_2d.main(list(map(str, flags)))
+    return subprocess.CompletedProcess(flags, code, stdout.getvalue(), stderr.getvalue())
 
 
-def numbers(stdout):
-    """The report without its last lines, which hold seconds and paths."""
-    return stdout.split("\nseconds:")[0]
+def row(stdout, name):
+    """The mean reward and the percentage on a mode in the table's row of that name."""
+    return list(map(float, re.search(rf"^{name} +(-?[\d.]+) +([\d.]+)%", stdout, re.M).groups()))
+
+
+def way(stdout):
+    return float(re.search(r"training went (-?[\d.]+)% of the way there", stdout)[1])
 
 
 @pytest.fixture(scope="module")
-def short_run(tmp_path_factory):
+def default_run(tmp_path_factory):
+    """The script with its defaults, in its own process and from another folder."""
     out = tmp_path_factory.mktemp("run")
-    return run("--iterations", 40, "--seed", 3, "--out", out), out
-
-
-def test_a_short_run_learns_and_writes_its_figures(short_run):
-    result, out = short_run
-    assert result.returncode == 0, result.stderr
-    report = result.stdout
-    base, trained = (
-        float(next(line for line in report.splitlines() if line.startswith(name)).split()[column])
-        for name, column in (("reference", 1), ("after 40 iterations", 3))
-    )
-    assert trained > base + 2
-    assert "energy distance to p_ref\n" in report and "perhaps below" in report
-    assert "pretraining: 100%" in result.stderr and "DGPO: 100%" in result.stderr
-    assert "reward=" in result.stderr and "gate=" in result.stderr and "loss=" in result.stderr
-
-    with Image.open(out / "run_2d.png") as png:
-        assert png.width >= 1000 and len(png.convert("L").getcolors()) > 50
-    with Image.open(out / "run_2d.gif") as gif:
-        assert gif.n_frames == 41
-        first = gif.convert("RGB").tobytes()
-        gif.seek(40)
-        assert gif.convert("RGB").tobytes() != first
-    assert (out / "run_2d.gif").stat().st_size < 2_000_000
-
-
-def test_the_report_shows_z_cancelling(short_run):
-    rows = [line.split() for line in short_run[0].stdout.splitlines()]
-    rows = [list(map(float, row)) for row in rows if row and row[0] in "0123" and len(row) == 9]
-    assert len(rows) == 4
-    for _, log_z, with_z, without, diff, equal_with, equal_without, equal_diff, predicted in rows:
-        assert with_z == without and abs(diff) < 1e-6
-        assert equal_diff == predicted == pytest.approx(equal_with - equal_without, abs=2e-4)
-        assert log_z < 0
-
-
-def test_the_same_seed_gives_the_same_numbers(short_run, tmp_path):
-    """Bit for bit: even the picture, drawn from every sample and every reward, is the same file."""
-    flags = ("--iterations", 40, "--no-gif", "--out")
-    same, other = (start(*flags, tmp_path / str(seed), "--seed", seed) for seed in (3, 4))
-    assert numbers(finish(same).stdout) == numbers(short_run[0].stdout)
-    picture = tmp_path / "3" / "run_2d.png"
-    assert picture.read_bytes() == (short_run[1] / "run_2d.png").read_bytes()
-    assert not picture.with_suffix(".gif").exists()
-    assert numbers(finish(other).stdout) != numbers(short_run[0].stdout)
-
-
-def test_the_two_betas_are_told_apart(tmp_path):
-    """--beta is that of Eq. 17; p* and Z(c) are of Eq. 5, whose beta is a temperature here."""
-    result = run("--iterations", 2, "--beta", 10, "--no-gif", "--out", tmp_path)
-    (optimum,) = (line for line in result.stdout.splitlines() if line.startswith("p* of Eq. 5"))
-    assert "temperature 1 " in optimum and "beta" not in optimum
-    assert "Temperature: the beta of Eq. 5; --beta is that of Eq. 17." in result.stdout
-
-
-def test_every_flag_is_accepted(tmp_path):
-    flags = "--iterations 2 --prompts 3 --group-size 4 --beta 2 --learning-rate 1e-4 --t-min 0 "
-    flags += "--rollout_steps 2 --train-timesteps 1 --kl 0 --clip 0.1 --ema 0.5 --offline --no-gif"
-    result = run(*flags.split(), "--seed", 1, "--out", tmp_path / "new" / "folder")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "new" / "folder" / "run_2d.png").stat().st_size > 10_000
-
-
-def test_the_defaults_reach_the_ceiling_and_stay_there_three_times_as_long(tmp_path):
-    """At least 95 % of the way from the base reward to the best, 90 % of samples on a mode."""
-    lengths = (300, 900)
-    runs = [start("--no-gif", "--out", tmp_path, "--iterations", n) for n in lengths]
-    for iterations, result in zip(lengths, map(finish, runs), strict=True):
-        assert result.returncode == 0, result.stderr
-        report = result.stdout
-        on_mode = re.search(rf"after {iterations} iterations.* ([\d.]+)%", report)
-        way = re.search(r"training went ([\d.]+)% of the way", report)
-        assert float(on_mode[1]) >= 90 and float(way[1]) >= 95, report
-
-
-BAD_FLAGS = {
-    "--iterations 0": "argument --iterations: must be at least 1 and at most 1000000, got 0",
-    "--iterations many": "argument --iterations: invalid int value: 'many'",
-    "--prompts 0": "argument --prompts: must be at least 1 and at most 1000000, got 0",
-    "--group-size 1": "argument --group_size: must be at least 2 and at most 1000000, got 1",
-    "--group-size 1000000000": "argument --group_size: must be at least 2 and at most 1000000, got "
-    "1000000000",
-    "--group_size 100000": "argument --group_size: prompts, group_size and train_timesteps "
-    "multiply to at most 1000000, which is what memory holds, got 3200000",
-    "--beta 0": "argument --beta: must be above 1e-30 and at most 1e+30, got 0.0",
-    "--beta nan": "argument --beta: must be above 1e-30 and at most 1e+30, got nan",
-    "--learning-rate -1": "argument --learning_rate: must be above 0 and at most 1e+30, got -1.0",
-    "--learning-rate inf": "argument --learning_rate: must be above 0 and at most 1e+30, got inf",
-    "--clip inf --ema 0.5": "argument --clip: must be a finite number, got inf",
-    "--t-min 1": "argument --t_min: must be at least 0 and below 1, got 1.0",
-    "--t_min 1": "argument --t_min: must be at least 0 and below 1, got 1.0",
-    "--rollout-steps 0": "argument --rollout_steps: must be at least 1 and at most 1000, got 0",
-    "--train-timesteps 0": "argument --train_timesteps: must be at least 1 and at most 1000, got 0",
-    "--kl -0.1": "argument --kl: must be at least 0 and at most 1e+30, got -0.1",
-    "--clip 0 --ema 0.9": "argument --clip: must be above 0, got 0.0",
-    "--clip 0.1": "argument --clip: compares theta with theta_old, which differ only with --ema",
-    "--ema 1.5": "argument --ema: must be at least 0 and at most 1, got 1.5",
-    "--seed -1": f"argument --seed: must be at least 0 and below {2**63}, got -1",
-    "--out=": "argument --out: must not be empty",
-    "--nonsense": "unrecognized arguments: --nonsense; see --help",
-}
-
-
-def test_bad_flags_end_with_one_line_and_exit_code_2(capsys):
-    import run_2d
-
-    for flags, message in BAD_FLAGS.items():
-        with pytest.raises(SystemExit) as stop:
-            run_2d.run("run_2d.py", functools.partial(run_2d.parse_args, flags.split()))
-        printed = capsys.readouterr()
-        assert stop.value.code == 2 and printed.out == ""
-        assert printed.err == f"run_2d.py: {message}\n"
+    command = [sys.executable, SCRIPT, "--out", out]
+    return subprocess.run(command, capture_output=True, text=True, cwd=out), out
 
 
 @pytest.fixture
-def torch_that_stops(tmp_path, monkeypatch):
-    """A torch whose import is interrupted by Ctrl-C."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "torch.py").write_text("raise KeyboardInterrupt\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+def barely_pretrained(monkeypatch):
+    """For tests of what does not depend on the quality of the samples."""
+    monkeypatch.setattr(run_2d, "PRETRAINING_STEPS", 20)
 
 
-def test_a_bad_flag_is_answered_before_torch_is_imported(torch_that_stops):
-    result = run("--iterations", 0)
-    assert result.returncode == 2 and "argument --iterations: must be at least 1" in result.stderr
+def test_the_defaults_reach_the_best_reward_on_the_modes(default_run):
+    """And pass p* of Eq. 5, which keeps other modes than the best, too."""
+    result, _ = default_run
+    assert result.returncode == 0, result.stderr
+    base, base_share = row(result.stdout, "reference")
+    trained, trained_share = row(result.stdout, r"after \d+ iterations")
+    optimum, optimum_share = row(result.stdout, r"p\* of Eq. 5, temperature 1")
+    assert base < optimum < trained
+    assert base_share >= 93 and trained_share >= 99 and way(result.stdout) >= 99
+    assert optimum_share == pytest.approx(98.9, abs=1)
 
 
-def test_ctrl_c_while_importing_is_one_line(torch_that_stops, tmp_path):
-    result = run("--out", tmp_path)
-    assert result.returncode == 130 and result.stderr == "run_2d.py: stopped\n"
+def test_progress_and_figures_show_the_training(default_run):
+    result, out = default_run
+    assert re.search(r"DGPO: 100%.*reward=-\d\.\d+, loss=\d\.\d+, gate=\d\.\d+", result.stderr)
+    assert sorted(path.name for path in out.iterdir()) == ["run_2d.gif", "run_2d.png"]
+    assert f"wrote {out / 'run_2d.png'}\nwrote {out / 'run_2d.gif'}\n" in result.stdout
+    with Image.open(out / "run_2d.png") as png:
+        assert png.width >= 1000 and len(png.convert("L").getcolors()) > 50
+    with Image.open(out / "run_2d.gif") as gif:
+        assert gif.n_frames >= run_2d.FRAMES
+        first = gif.convert("RGB").tobytes()
+        gif.seek(gif.n_frames - 1)
+        assert gif.convert("RGB").tobytes() != first
+    assert (out / "run_2d.gif").stat().st_size < 1_000_000
 
 
-def test_a_window_is_opened_where_there_can_be_one(monkeypatch):
-    assert not report_2d.has_windows()  # tests draw into files
-    drawn_by = SimpleNamespace(required_interactive_framework="one")
-    monkeypatch.setattr(report_2d.plt, "close", lambda figure: None)
-    monkeypatch.setattr(report_2d.plt, "figure", lambda: SimpleNamespace(canvas=drawn_by))
-    assert report_2d.has_windows()
-    monkeypatch.setattr(report_2d.plt, "figure", lambda: 1 / 0)
-    assert not report_2d.has_windows()
+def test_z_cancels_under_the_weights_of_eq14_alone(default_run):
+    pattern = r"^(\|A\|, Eq. 14|equal) +\d" + r" +(-?[\d.]+)" * 5 + "$"
+    rows = re.findall(pattern, default_run[0].stdout, re.M)
+    assert [name for name, *_ in rows] == ["|A|, Eq. 14"] * 4 + ["equal"] * 4
+    differences = []
+    for _, *numbers in rows:
+        log_z, with_z, without, difference, predicted = map(float, numbers)
+        assert difference == predicted == pytest.approx(with_z - without, abs=2e-4) and log_z < 0
+        differences.append(abs(difference))
+    assert max(differences[:4]) == 0 and max(differences[4:]) > 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_while_training_shows_what_was_learnt(number, tmp_path):
-    process, said = start("--iterations", 100_000, "--out", tmp_path, "--no-gif"), ""
-    while not re.search(r"DGPO: .*reward=", said):
-        said += process.stderr.read(1)
-    process.send_signal(number)
-    printed, said = process.communicate()
-    assert process.returncode == 130, said
-    assert "wrote " in printed and "best possible" in printed
-    assert re.fullmatch(
-        r"run_2d.py: stopped after \d+ iterations; this is what was learnt", said.splitlines()[-1]
-    )
+def test_offline_stays_below_online(default_run, model):
+    """Section 4.3: samples of the reference teach less than samples of the model."""
+    settings = {name: default for name, _, default, _ in run_2d.NUMBERS if name != "seed"}
+    settings |= {"iterations": 100, "offline": True}
+    base = report_2d.mean_reward(report_2d.draw(model, 0))
+    world = flow2d.reward, flow2d.sample_conditions, (2,)
+    for _ in dgpo.train(model, *world, torch.Generator().manual_seed(0), **settings):
+        pass
+    offline = 100 - 100 * report_2d.mean_reward(report_2d.draw(model, 0)) / base
+    assert 50 < offline < way(default_run[0].stdout) - 5
+
+
+def test_a_seed_decides_the_numbers(barely_pretrained, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(report_2d, "save_png", lambda path, *data: drawn.append(data))
+    for seed in (3, 3, 4):
+        run("--iterations", 3, "--no_gif", "--out", tmp_path, "--seed", seed)
+    first, same, other = ([stages[-1][1].tolist(), history] for stages, _, history in drawn)
+    assert first == same and first[0] != other[0] and first[1] != other[1]
+
+
+def test_each_flag_reaches_the_training(barely_pretrained, monkeypatch, tmp_path):
+    """With hyphens or with underscores, and with a value after a space or after =."""
+    passed = {}
+
+    def train(*args, **settings):
+        passed.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dgpo, "train", train)
+    flags = "--iterations 7 --prompts 3 --group-size 4 --beta 2 --learning_rate=0.1 --t-min=0.5 "
+    flags += "--rollout_steps 6 --train-timesteps 5 --ema 0.25"
+    folder = tmp_path / "new-folder" / "a_b"
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags.split(), "--offline", "--no-gif", "--out", folder)
+    assert folder.is_dir()
+    assert list(passed) == [name for name, *_ in run_2d.NUMBERS if name != "seed"] + ["offline"]
+    assert list(passed.values()) == [7, 3, 4, 2, 0.1, 0.5, 6, 5, 0.25, True]
+
+
+BAD_FLAGS = {
+    "--iterations 0": "argument --iterations: must be at least 1, got 0",
+    "--iterations many": "argument --iterations: invalid int value: 'many'",
+    "--group-size 1": "argument --group_size: must be at least 2, got 1",
+    "--beta nan": "argument --beta: must be at least 0.0, got nan",
+    "--t_min -0.1": "argument --t_min: must be at least 0.0, got -0.1",
+    "--show": "argument --show: no window can be opened here; the GIF shows the same",
+    f"--out {__file__}/folder": "argument --out: ",
+    "--nonsense": "unrecognized arguments: --nonsense",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_an_impossible_flag_is_answered_at_once(flags, capsys):
+    plt.switch_backend("agg")  # as where there are no windows
+    with pytest.raises(SystemExit) as stop:
+        run_2d.parse_args(flags.split())
+    assert stop.value.code == 2
+    assert f"error: {BAD_FLAGS[flags]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--beta 0", "run_2d.py: beta must be positive"),
+        ("--t_min 1", "run_2d.py: t_min must be in [0, 1), got 1.0"),
+        ("--ema 1.5", "run_2d.py: decay must be in [0, 1], got 1.5"),
+        ("--learning_rate 1e30", "lower --learning_rate?"),
+    ],
+)
+def test_a_setting_that_dgpo_refuses_is_one_sentence(flags, message, barely_pretrained, tmp_path):
+    result = run(*flags.split(), "--out", tmp_path)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
+
+
+def test_ctrl_c_shows_what_was_learnt(barely_pretrained, monkeypatch, tmp_path):
+    def interrupted(*args, train=dgpo.train, **settings):
+        for n, metrics in enumerate(train(*args, **settings)):
+            if n == 2:
+                raise KeyboardInterrupt
+            yield metrics
+
+    monkeypatch.setattr(dgpo, "train", interrupted)
+    result = run("--no_gif", "--out", tmp_path)
+    assert result.returncode == 130 and "after 2 iterations" in result.stdout
     assert (tmp_path / "run_2d.png").exists()
 
 
-def test_a_run_that_blows_up_is_the_inputs_fault(tmp_path):
-    result = run("--learning-rate", 1e30, "--out", tmp_path)
-    assert result.returncode == 2
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("run_2d.py: ") and last.endswith("; lower --learning_rate?")
+def test_a_figure_that_cannot_be_written_leaves_the_last_one(tmp_path):
+    figure = tmp_path / "run_2d.png"
+    report_2d.write(figure, lambda path: path.write_text("old"))
 
+    def fail(path):
+        path.write_text("half")
+        raise OSError("disk full")
 
-@pytest.mark.parametrize("name", ["run_2d.png", "run_2d.gif"])
-def test_a_folder_where_a_figure_belongs_stops_before_any_work(name, tmp_path):
-    (tmp_path / name).mkdir()
-    result = run("--out", tmp_path)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.endswith(f"{name} is there, and is no file\n")
-
-
-def test_the_environments_backend_does_not_matter(tmp_path, monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "nonsense")
-    result = run("--iterations", 1, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
-def test_a_folder_that_cannot_be_written_stops_before_any_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    result = run("--out", tmp_path / "file" / "out")
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("run_2d.py: argument --out: cannot write to ")
-    assert result.stderr.count("\n") == 1
+    with pytest.raises(OSError, match="disk full"):
+        report_2d.write(figure, fail)
+    assert figure.read_text() == "old"

@@ -93,7 +93,7 @@ def report_z(group_size: int, generator: torch.Generator) -> None:
 
 def world_axes(axes: plt.Axes, title: str) -> None:
     """Draw the modes in grey and, for each condition, its target ringed in its colour."""
-    limit = flow2d.RADIUS + 0.9
+    limit = flow2d.RADIUS + 1.3
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
     axes.set_title(title, fontsize=16)
     for center in flow2d.mode_centers().tolist():
@@ -101,8 +101,7 @@ def world_axes(axes: plt.Axes, title: str) -> None:
     for c, color in enumerate(COLORS):
         x, y = flow2d.target(torch.tensor(c)).tolist()
         axes.add_patch(plt.Circle((x, y), 3 * flow2d.STD, fill=False, color=color, lw=2))
-        style = {"color": color, "fontsize": 13, "ha": "center", "va": "center"}
-        axes.text(0.42 * x, 0.42 * y, f"c={c}", **style)
+        axes.text(0.42 * x, 0.42 * y, f"c={c}", color=color, fontsize=13, ha="center", va="center")
 
 
 def scatter(axes: plt.Axes, x: Tensor) -> list[plt.Line2D]:
@@ -157,9 +156,10 @@ def save_gif(path: Path, stages: list[Stage], history: list[Metrics]) -> None:
         figure.canvas.restore_region(still)
         for artist in update(*stage, history):
             figure.draw_artist(artist)
-        rgb = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
-        frames.append(rgb.quantize(64, Image.Quantize.FASTOCTREE))
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))
 
+    palette = frames[0].quantize(64)  # the reference's samples have all colours
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [800, *[120] * (len(frames) - 2), 2000]  # ms
     options = {"append_images": frames[1:], "duration": durations, "loop": 0}
     write(path, lambda new: frames[0].save(new, save_all=True, **options))
