@@ -275,3 +275,12 @@ def test_a_tracker_that_accelerate_lacks_is_refused(monkeypatch):
     with pytest.raises(UserError, match="--report_to tensorboard needs `pip install tensorboard`"):
         run.check_tracker("tensorboard")
     run.check_tracker("wandb")
+
+
+def test_a_run_begins_by_saying_what_it_does(tmp_path, capsys):
+    """And that a run of a few steps ends before the saved average first follows theta."""
+    for steps, warned in ((6, True), (7, False)):
+        run.begin(Settings(output_dir=str(tmp_path), max_train_steps=steps), 2)
+        said = capsys.readouterr().out
+        assert f"pickscore: 8 groups of 16 a step, steps 3 to {steps}, into {tmp_path}" in said
+        assert ("give --ema_steps 1" in said) == warned
