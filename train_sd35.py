@@ -176,7 +176,8 @@ class Trainer:
                         stack.enter_context(self.held())  # from here, a signal waits for the end
                         self.between_steps = True
                     norms.append(self.update(bool(trained.any())))  # line 14
-                self.follow(step)  # line 15
+                if None not in norms:
+                    self.follow(step)  # line 15
                 self.done, self.between_steps = step + 1, False
             self.metrics = {
                 "step": self.done,
@@ -394,8 +395,7 @@ def train(settings: Settings) -> None:
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"stopped {saved}") from None
         if isinstance(error, torch.OutOfMemoryError):
-            advice = "lower --micro_batch_size, which changes no result"
-            raise UserError(f"out of memory {saved}, and {advice}") from None
+            raise UserError(f"out of memory {saved}, and lower --micro_batch_size") from None
         raise
 
     if main_process:

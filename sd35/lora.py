@@ -123,5 +123,6 @@ def save_lora(pipe: Any, folder: Path) -> None:
         folder,
         transformer_lora_layers={k: w * scale if "lora_B" in k else w for k, w in weights.items()},
         transformer_lora_adapter_metadata={**config.to_dict(), "lora_alpha": config.r},
-        weight_name=LORA_FILE,
+        weight_name=f".{LORA_FILE}",
     )
+    (folder / f".{LORA_FILE}").replace(folder / LORA_FILE)  # so that it is never half-written

@@ -509,6 +509,32 @@ def test_the_metrics_follow_theta_away_from_the_reference(model):
     assert last["loss"] < first["loss"] and last["reward"] > first["reward"]
 
 
+def test_the_loss_gate_and_gap_of_one_group_are_those_of_eq17(model):
+    """loss = -log sigmoid(beta gap) = -log(1 - gate), at one timestep, which is the default."""
+    settings = {"prompts": 1, "group_size": 8, "beta": 3.0, "iterations": 6}
+    settings |= {"learning_rate": 1e-3, "t_min": 0.2, "rollout_steps": 4}
+    world = flow2d.reward, flow2d.sample_conditions, (2,), torch.Generator().manual_seed(0)
+    *_, last = dgpo.train(model, *world, **settings)
+    assert abs(last["gap"]) > 1e-3
+    assert last["gate"] == pytest.approx(1 / (1 + math.exp(3 * last["gap"])), rel=1e-5)
+    assert last["loss"] == pytest.approx(-math.log(1 - last["gate"]), rel=1e-5)
+
+
+def test_gradients_do_not_add_up_over_iterations(model):
+    """At a learning rate of 0, an iteration does not depend on the ones before it."""
+    generator = torch.Generator().manual_seed(0)
+    settings = {"prompts": 2, "group_size": 6, "beta": 1.0, "learning_rate": 0.0}
+    settings |= {"t_min": 0.2, "rollout_steps": 4}
+    world = flow2d.reward, flow2d.sample_conditions, (2,)
+    second = list(dgpo.train(model, *world, generator, iterations=2, **settings))[1]
+    generator.manual_seed(0)
+    for _ in range(2):  # each with a model that has no gradient yet
+        fresh = copy.deepcopy(model)
+        fresh.zero_grad()
+        (alone,) = dgpo.train(fresh, *world, generator, iterations=1, **settings)
+    assert alone == second
+
+
 def test_algorithm_1_samples_from_theta_from_its_ema_or_from_the_reference(model, monkeypatch):
     """Line 4 and 15: with decay 1, or offline, theta^- never moves; else the rollouts improve."""
     rewards = {}

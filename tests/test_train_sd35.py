@@ -226,6 +226,15 @@ def test_a_gradient_that_is_not_finite_is_no_update(tiny, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(before, trainer.model.theta, strict=True))
 
 
+def test_nothing_follows_a_step_without_an_update(tiny, tmp_path, monkeypatch):
+    trainer = build(tiny, tmp_path, prompts_per_step=1, ema_steps=1)
+    before = [value.clone() for value in [*trainer.model.old, *trainer.model.average]]
+    monkeypatch.setattr(trainer, "update", lambda trained: None)
+    assert trainer.take_step([{"prompt": TEXT}], 0)["grad_norm"] is None
+    after = [*trainer.model.old, *trainer.model.average]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
 def test_no_finite_score_is_one_sentence(tiny, tmp_path):
     trainer = build(tiny, tmp_path, reward=f"{REWARD}:nan_for_all")
     with pytest.raises(UserError, match="step 1: no group of this step has finite rewards; fix"):
@@ -436,7 +445,7 @@ def test_whatever_ends_a_run_its_steps_are_saved(tiny, tmp_path, monkeypatch):
         return decode(vae, latents)
 
     monkeypatch.setattr(sd35, "decode", full)
-    said = "out of memory after 1 steps; continue .*, and lower --micro_batch_size, which changes"
+    said = "out of memory after 1 steps; continue .*, and lower --micro_batch_size"
     with pytest.raises(UserError, match=said):
         run(tiny, tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
