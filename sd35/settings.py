@@ -110,14 +110,12 @@ class Settings:
     # Not in the paper. Holds theta's velocity on bad samples to theta_old's: 2 mirrors their target
     # at theta_old, so that their loss cannot fall without end; 0 is off.
     bound: float = 0.0
-    # Not in the paper. U: optimizer updates from each rollout, all counted as one step.
-    updates_per_rollout: int = 1
+    updates_per_rollout: int = 1  # Not in the paper. U: optimizer updates from each rollout.
 
     rank: int = 64  # Rank of the LoRA.
     lora_alpha: int = 128  # LoRA alpha: the update is scaled by alpha / rank.
     learning_rate: float = 3e-4  # AdamW's learning rate.
-    # A cosine falls to 0 at --max_train_steps.
-    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "cosine"] = "constant"  # A cosine falls to 0 at the end.
     lr_warmup_steps: int = 0  # Steps in which the learning rate rises from 0.
     adam_weight_decay: float = 1e-4  # AdamW's weight decay.
     max_grad_norm: float = 1.0  # The norm that a step's gradient is clipped to.
@@ -128,8 +126,7 @@ class Settings:
     mixed_precision: Literal["no", "bf16"] | None = None
     # Less memory, for a quarter more time. Default: unless auto finds that a group fits without.
     gradient_checkpointing: bool | None = None
-    # Hold the frozen base in 8 bits, in half the memory.
-    quantize: Literal["none", "int8"] = "none"
+    quantize: Literal["none", "int8"] = "none"  # Hold the frozen base in 8 bits.
 
     checkpointing_steps: int = 50  # Steps between checkpoints.
     checkpoints_total_limit: int = 3  # How many checkpoints to keep.
