@@ -26,7 +26,9 @@ from sd35.run import replace_file, run_script
 from sd35.settings import UserError, parse
 
 MOST = ("DGPO", "Bounded DGPO", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
-COMPARED = {"ring-2": (*MOST, "AWM", "GPO"), "blobs": MOST, "ring-32": MOST, "ring-128": MOST[:4]}
+NEW = ("Linear-DPO", "ThermoDPO", "CRD", "PAR", "V-GRPO")  # the methods of 2026
+ALL = (*MOST, *NEW)
+COMPARED = {"ring-2": (*ALL, "AWM", "GPO"), "blobs": ALL, "ring-32": ALL, "ring-128": MOST[:4]}
 IN_2D, LARGER = tuple(COMPARED), ("ring-512",)
 MAIN = ("DGPO", "Bounded DGPO", "Flow-GRPO")  # what sweeps are around, and the check is of
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-import dgpo
 from lab import methods
 from lab.methods import METHODS, VARIANTS, Setting
 from lab.protocol import Goal, Run
@@ -83,46 +83,54 @@ def plot_curves(path: Path, reports: Reports, goals: dict[str, Goal]) -> None:
 
 
 FAMILY = {
-    "AWM": "AWM: A times a parabola",
-    "DGPO": "DGPO, DPO, GPO: in a gate (beta 1)",
-    "Bounded DGPO": "Bounded DGPO (2), without its gate",
-    "DiffusionNFT": "DiffusionNFT (b = 0.4), undivided",
-    "Flow-GRPO": "Flow-GRPO: A times a ratio",
+    "AWM": "AWM; RVM and RAM with a KL",
+    "DGPO": "DGPO, Diffusion-DPO, GPO",
+    "Bounded DGPO": "Bounded DGPO (2)",
+    "DiffusionNFT": "DiffusionNFT",
+    "Linear-DPO": "Linear-DPO",
+    "ThermoDPO": "ThermoDPO (t = 0.5)",
+    "CRD": "CRD",
+    "PAR": "PAR, PEPG",
+    "V-GRPO": "V-GRPO, EPG, Flow-GRPO (no clip)",
 }
 
 
-def loss_of_one(method: str, v: float, advantage: float) -> float:
-    """The loss of one sample against its velocity, by the functions that train, less that at v_old.
+def loss_of_one(method: str, line: Tensor, advantage: float) -> Tensor:
+    """The loss of one sample at velocities (N,) that increase, less its value at v_old = 0.
 
-    v_old = 0 and v* = 1; scaled so that all methods have one slope at v_old.
+    It is the integral of the gradient that trains, scaled so that all methods have one slope at
+    v_old. The sample is one of a pair, A = -1 and 1, the other of which stays at v_old. v* = 1.
     """
-    v_old, v_star, A = torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.full((1, 1), advantage)
+    N, moved = len(line), int(advantage > 0)
+    line, order = torch.cat([line, line.new_zeros(1)]).sort(stable=True)  # with v_old itself
+    v = line.new_zeros(N + 1, 2, 1).index_fill(1, torch.tensor(moved), 1) * line[:, None, None]
+    v.requires_grad_()
 
-    def loss(v: Tensor) -> Tensor:
-        batch = methods.Batch(v, v_old, v_old, v_star, torch.ones(1, 1), A, A)
-        if method == "DGPO":
-            return 2 * dgpo.dgpo_loss(batch.loss, batch.loss_ref, A, beta=1.0)
-        if method == "Bounded DGPO":
-            bad = (-A).clamp(min=0)
-            return methods.awm(batch, Setting()) + 2 * (bad * dgpo.mean_square(v, v_old)).mean()
-        if method == "DiffusionNFT":  # a huge floor makes its division one by a constant
-            return 1e6 * methods.nft(batch, Setting(beta=0.4), eps=1e6)
-        if method == "Flow-GRPO":
-            return methods.flow_grpo_loss(-batch.loss, -batch.loss_ref, A, None)
-        return methods.METHODS[method].loss(batch, Setting())
+    def fixed(x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return torch.zeros_like(x_t)
 
-    return (loss(torch.full((1, 1, 1), float(v))) - loss(v_old)).item()
+    networks = (lambda x_t, t, rows: v.flatten(0, 1)), fixed, fixed
+    A = torch.tensor([-1.0, 1.0], dtype=line.dtype).expand(N + 1, 2)
+    x0, eps, t = -torch.ones_like(v), v.new_zeros(N + 1, 1, 1), v.new_full((N + 1, 1), 0.5)
+    setting = Setting(method, beta=2.0, kl=0.0, bound=2.0 * (method == "Bounded DGPO"))
+    methods.backward(networks, setting, x0, eps, t, A, A)
+
+    at_old = order.argmax()
+    slope = v.grad[:, moved, 0]
+    slope = slope * (-2 * advantage / slope[at_old])
+    area = F.pad(((slope[1:] + slope[:-1]) / 2 * line.diff()).cumsum(0), (1, 0))
+    return (area - area[at_old])[order != N]
 
 
 def plot_family(path: Path) -> None:
     """What each method makes of a good and of a bad sample, as v moves away from v_old."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 2)
-    line = torch.linspace(-3.5, 3.5, 141).tolist()
+    line = torch.linspace(-3.5, 3.5, 1401)
     for panel, name, advantage in zip(axes, ("good", "bad"), (1.0, -1.0), strict=True):
         for method, label in FAMILY.items():
-            values = [loss_of_one(method, v, advantage) for v in line]
-            panel.plot(line, values, label=label, **style(method))
+            values = loss_of_one(method, line, advantage)
+            panel.plot(line, values, label=label, **style(method) | {"markevery": 120})
         for v, ls, mark in ((0, "-", "v_old"), (1, "--", "v*")):
             panel.axvline(v, color="black", lw=1, ls=ls)
             panel.text(v + 0.05, -4.8, mark, fontsize=14)

@@ -10,15 +10,17 @@ how far theta has moved. Up to a constant, the loss of one sample is
 
     2 A e.d + c ||d||^2   with   c = A                     AWM, and DGPO inside its gate
                                  c = A + bound max(-A, 0)  bounded DGPO, inside its gate
-                                 c = 5 b                   DiffusionNFT, before a division
+                                 c = clip * b              DiffusionNFT, before a division
 
 The first term is common to all, and the only one at theta = theta_old. The second decides what
 happens to a bad sample, A < 0, once theta moves. With c < 0 the loss is a concave parabola and
 falls without end; with c > 0 it is convex, and its minimum is a finite target. A gate, -log sigmoid
 of beta times the gap, also ends the fall, but late: it can still lose 2 log(2) / beta. DGPO has one
-gate for a group, Diffusion-DPO and GPO one for each pair. Flow-GRPO has A rho, where
-rho = p_theta / p_old is positive: a bad step stops counting once it has become unlikely.
-lab/results/family.png draws them all.
+gate for a group, Diffusion-DPO and GPO one for each pair. Linear-DPO's gate is a line, and
+ThermoDPO's has a third rival that keeps the winner where it is. CRD and PAR regress the change of a
+sample's loss on its advantage, so that its pull ends where the residual is zero. Flow-GRPO and
+V-GRPO have A rho, where rho = p_theta / p_old is positive: a bad sample stops counting once it has
+become unlikely. lab/results/family.png draws them all.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class Setting:
     bound: float = 0.0  # DGPO's
     anchor: str = "theta_old"  # what the bound refers to, or "reference"
     clip: float | None = None
+    advantage_clip: float = 5.0  # DiffusionNFT's
+    stratified: bool = False  # draw the timesteps of a sample from equal parts of their range
     sde_noise: float = 0.0  # the a of the SDE that samples; 0 samples by the ODE
     trained_share: float = 1.0  # Flow-GRPO: of the sampler's steps, the noisiest
     shared_noise: bool = True
@@ -83,24 +87,29 @@ class Batch(NamedTuple):
     def loss_ref(self) -> Tensor:
         return dgpo.mean_square(self.v_ref, self.v_star)
 
+    @property
+    def loss_old(self) -> Tensor:
+        return dgpo.mean_square(self.v_old, self.v_star)
+
 
 # AWM (Xue et al. 2025, arXiv:2509.25050), advantage-weighted matching: A times the denoising loss.
 # DGPO's gradient is beta sigmoid(-beta gap) sum_i A_i grad L_i. As beta goes to 0 the gate freezes
 # at 1/2, and the loss over beta becomes half of AWM's. So AWM is DGPO without its gate.
+#
+# With `kl` it is RVM (arXiv:2608.23664), whose update is A (v - v*) + anchor (v - v_ref), and with
+# kl = 1 and the raw reward R for A it is RAM (arXiv:2605.10759): ||v - sg[v_ref + R (v* - v)]||^2.
 def awm(batch: Batch, setting: Setting) -> Tensor:
     return (batch.advantages * batch.loss).mean()
 
 
 # DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117): denoise in two directions around theta_old.
-# A reward in [0, 1], r = 1/2 + A / (2 * 5) with A clipped at 5, says how good a sample is. With
-# v+- = v_old +- b (v - v_old), the loss 5/b [r ||v+ - v*||^2 + (1 - r) ||v- - v*||^2] is
-# 5/b [||e||^2 + 2 (2r - 1) b e.d + b^2 ||d||^2] = 2 A e.d + 5 b ||d||^2 up to a constant. It
-# compares images instead, x0 = x_t - t v, and divides each square by its own mean error, detached.
-ADVANTAGE_CLIP = 5.0
-
-
+# A reward in [0, 1], r = 1/2 + A / (2c) with A clipped at c, 5 as published, says how good a sample
+# is. With v+- = v_old +- b (v - v_old), the loss c/b [r ||v+ - v*||^2 + (1 - r) ||v- - v*||^2] is
+# c/b [||e||^2 + 2 (2r - 1) b e.d + b^2 ||d||^2] = 2 A e.d + c b ||d||^2 up to a constant. So c does
+# what b does, and clips A. The method compares images instead, x0 = x_t - t v, and divides each
+# square by its own mean error, detached.
 def nft(batch: Batch, setting: Setting, eps: float = 1e-5) -> Tensor:
-    b, clip = setting.beta, ADVANTAGE_CLIP
+    b, clip = setting.beta, setting.advantage_clip
     r = 0.5 + batch.advantages.clamp(-clip, clip) / (2 * clip)
 
     def error(direction: float) -> Tensor:
@@ -138,6 +147,54 @@ def gpo(batch: Batch, setting: Setting) -> Tensor:
     wins = batch.rewards[:, :, None] > batch.rewards[:, None, :]
     losses = -F.logsigmoid(-setting.beta / 2 * differences).where(wins, 0)
     return (losses.sum((1, 2)) / wins.sum((1, 2)).clamp(min=1)).mean() / setting.beta
+
+
+# Linear-DPO (arXiv:2605.21123): let x be how far the winner has fallen behind the loser since
+# theta_old, an EMA of theta. Diffusion-DPO's gate is sigmoid(beta x / 2) at the reference; this one
+# is a line, 0.2 beta x + 1/2, cut at 0 and 1. To first order in x it is that of 1.6 beta.
+def linear_dpo(batch: Batch, setting: Setting) -> Tensor:
+    loser, winner = (batch.loss - batch.loss_old).unbind(1)
+    gate = (0.2 * setting.beta * (winner - loser).detach() + 0.5).clamp(0, 1)
+    return (gate * (winner - loser)).mean() / 2
+
+
+# ThermoDPO (arXiv:2608.20011, its weighted form, tau in proportion to t): Diffusion-DPO's loss is
+# tau log(1 + exp(x / tau)), the winner against the loser. A third term in the sum, whose energy is
+# the winner's own loss, anchors it: where that term is the largest, the gradient is that of
+# supervised learning on the winner, and the loser is let go.
+def thermo_dpo(batch: Batch, setting: Setting) -> Tensor:
+    (loser, winner), t = (batch.loss - batch.loss_ref).unbind(1), batch.t[:, 0]
+    tau = 2 * t / setting.beta
+    anchor = (1 - t) ** 2 * batch.loss[:, 1]
+    rivals = torch.stack([torch.zeros_like(t), (winner - loser) / tau, anchor / tau])
+    return (tau / 2 * rivals.logsumexp(0)).mean()
+
+
+# CRD, centred reward distillation (arXiv:2603.14128): by Eq. 10 of DGPO, beta (L_old - L) is the
+# reward up to a constant of the prompt. Centred over the group, it is regressed on A, where Z(c)
+# cancels, too. The gradient is (A - centred reward) grad L: a residual in place of DGPO's gate. As
+# released, the centre is a constant; the division of each L by its own error is left out.
+def crd(batch: Batch, setting: Setting) -> Tensor:
+    reward = setting.beta * (batch.loss_old - batch.loss)
+    residual = batch.advantages - (reward - reward.detach().mean(1, keepdim=True))
+    return residual.square().mean() / (2 * setting.beta)
+
+
+# PAR, proximal advantage regression (arXiv:2602.04663, known here from its abstract and notes on
+# it): the ELBO stands for the likelihood, log rho = beta (L_old - L). With rho held constant, the
+# loss is rho (A - log rho)^2 / 2. Its gradient, rho (A - log rho) grad L, is also that of the
+# paper's PEPG: the two are one method. Their EPG has A alone: it is V-GRPO without a clip.
+def par(batch: Batch, setting: Setting) -> Tensor:
+    log_rho = setting.beta * (batch.loss_old - batch.loss)
+    residual = batch.advantages - log_rho
+    return (log_rho.detach().exp() * residual.square()).mean() / (2 * setting.beta)
+
+
+# V-GRPO (arXiv:2604.23380): GRPO's clipped ratio (see Flow-GRPO below) with the same ELBO, a group
+# sharing t and eps, and t stratified. Its soft clip of A and its weights of L are left out.
+def v_grpo(batch: Batch, setting: Setting) -> Tensor:
+    log_probs = -setting.beta * batch.loss, -setting.beta * batch.loss_old
+    return flow_grpo_loss(*log_probs, batch.advantages, setting.clip) / setting.beta
 
 
 def backward(
@@ -290,6 +347,7 @@ DENOISING = {**COMMON, "t_min": Range(0, 0.6), "train_timesteps": (1, 2, 4)}
 EXTREMES = {"train_samples": (2, 4, 8, None)}
 LAGGING = {"ema": (0.5, 0.7, 0.8, 0.9, 0.95)}
 BETA = {"beta": Range(0.1, 100)}
+RATIO = {"clip": (None, 0.05, 0.2, 1.0), "stratified": (True,)}
 SDE = {"sde_noise": Range(0.3, 1.2), "trained_share": (0.5, 1.0), "clip": (0.05, 0.2, 1.0)}
 
 
@@ -297,32 +355,51 @@ class Method(NamedTuple):
     """A row of the table below."""
 
     loss: Callable[..., Tensor] | None  # of a Batch and a Setting; None: DGPO's, see `backward`
+    enters: str  # how the reward enters the gradient
     space: dict[str, Range | tuple]  # what a search may choose
     defaults: dict[str, Any] = {}  # where a search starts, if not at the defaults of Setting
     needs_old: bool = False  # the loss uses theta_old's velocity
     pairs: bool = False  # trains on the two extremes of each group
 
 
+PAIR, RESIDUAL = "gate of each pair", "residual of each sample"
+OLD = DENOISING | LAGGING  # the space of methods that compare theta with theta_old
 METHODS = {
-    "DGPO": Method(None, DENOISING | BETA),
+    "DGPO": Method(None, "gate of a group", DENOISING | BETA),
     "Bounded DGPO": Method(
         None,
-        DENOISING | BETA | EXTREMES | LAGGING | {"bound": (1.0, 2.0, 4.0)},
+        "gate of a group, mirrored target",
+        OLD | BETA | EXTREMES | {"bound": (1.0, 2.0, 4.0)},
         {"bound": 2.0, "ema": 0.9, "train_samples": 4},
     ),
     "Flow-GRPO": Method(  # whose loss is of trajectories, see `backward_flow_grpo`
-        flow_grpo_loss, COMMON | EXTREMES | SDE, {"sde_noise": 0.7, "clip": 0.2, "kl": 0.01}
+        flow_grpo_loss,
+        "ratio of a sampler's step",
+        COMMON | EXTREMES | SDE,
+        {"sde_noise": 0.7, "clip": 0.2, "kl": 0.01},
     ),
     "DiffusionNFT": Method(
         nft,
-        DENOISING | EXTREMES | LAGGING | {"beta": Range(0.1, 10)},
+        "mirrored target",
+        OLD | EXTREMES | {"beta": Range(0.1, 10), "advantage_clip": (1.0, 2.0, 5.0)},
         {"ema": 0.9, "beta": 1.0},
         needs_old=True,
     ),
-    "Diffusion-DPO": Method(None, DENOISING | BETA, pairs=True),
-    "AWM": Method(awm, DENOISING | EXTREMES),
-    "GPO": Method(gpo, DENOISING | BETA | EXTREMES),
-    "Diffusion-SDPO": Method(sdpo, DENOISING | BETA, pairs=True),
+    "Diffusion-DPO": Method(None, PAIR, DENOISING | BETA, pairs=True),
+    "AWM": Method(awm, "weight of each sample", DENOISING | EXTREMES),
+    "GPO": Method(gpo, PAIR, DENOISING | BETA | EXTREMES),
+    "Diffusion-SDPO": Method(sdpo, PAIR, DENOISING | BETA, pairs=True),
+    "Linear-DPO": Method(linear_dpo, PAIR, OLD | BETA, {"ema": 0.9}, needs_old=True, pairs=True),
+    "ThermoDPO": Method(thermo_dpo, PAIR, DENOISING | BETA, pairs=True),
+    "CRD": Method(crd, RESIDUAL, OLD | BETA | EXTREMES, {"ema": 0.9}, needs_old=True),
+    "PAR": Method(par, RESIDUAL, OLD | BETA | EXTREMES, {"ema": 0.9}, needs_old=True),
+    "V-GRPO": Method(
+        v_grpo,
+        "ratio of a sample",
+        OLD | BETA | EXTREMES | RATIO,
+        {"ema": 0.9, "clip": 0.2, "stratified": True},
+        needs_old=True,
+    ),
 }
 
 

@@ -58,6 +58,7 @@ PLAN = Plan(drawn=10, around=2, rounds=1, most_rounds=3, rungs=RUNGS, cheap=CHEA
 # Where a search has other choices than the methods' rows; None: no choice.
 SPACE = {"learning_rate": Range(5e-4, 5e-3), "prompts_per_step": (4, 8), "t_min": (0.2, 0.6)}
 SPACE |= {"num_inference_steps": (5, 10), "decay": None, "average": None, "ema": None}
+SPACE |= {"stratified": None}  # the trainer's timesteps are drawn without replacement
 SEEDS = (0, 1, 2)  # of a report
 
 FIELDS = {field.name for field in dataclasses.fields(Setting)} - {"clip"}

@@ -154,7 +154,8 @@ def learn(
     P, G, flow_grpo = setting.prompts_per_step, setting.group_size, setting.method == "Flow-GRPO"
     reference = copy.deepcopy(model).requires_grad_(False)
     old = model if setting.ema is None else copy.deepcopy(reference)
-    optimizer = torch.optim.AdamW(model.parameters(), setting.learning_rate, weight_decay=0.0)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, setting.learning_rate, weight_decay=0.0, fused=True)
     K, cost = setting.train_timesteps, 0
     if flow_grpo:
         K = math.ceil(setting.trained_share * setting.num_inference_steps)
@@ -179,15 +180,18 @@ def learn(
                 )
             else:
                 t = dgpo.sample_timesteps((K * P, 1), setting.t_min, generator)
+                if setting.stratified:  # each row's own of K equal parts of [t_min, 1]
+                    part = torch.arange(K).repeat_interleave(P)[:, None]
+                    t = setting.t_min + ((1 - setting.t_min) * part + t - setting.t_min) / K
                 each = 1 if setting.shared_noise else x0.shape[1]
                 eps = torch.randn(K * P, each, world.dims, generator=generator)
                 groups = torch.cat([x0] * K), eps, t, rewards.repeat(K, 1), advantages.repeat(K, 1)
                 methods.backward(networks, setting, *groups)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
         if setting.ema is not None:
-            dgpo.ema_update(old.parameters(), model.parameters(), setting.ema)
+            dgpo.ema_update(old.parameters(), parameters, setting.ema)
         cost += methods.step_cost(setting, K)
         yield cost
 

@@ -1,6 +1,7 @@
 """The methods are what their papers say, and meet DGPO where they should."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -48,6 +49,134 @@ def test_nft_is_a_linear_term_and_a_bowl_around_theta_old():
     loss, at_old = (1e6 * methods.nft(b._replace(v=v), setting, eps=1e6) for v in (b.v, b.v_old))
     squares = 2 * b.advantages * (e * d).mean(2) + 5 * 0.3 * d.square().mean(2)
     torch.testing.assert_close(loss - at_old, (b.t**2 * squares).mean())
+
+
+def test_the_clip_of_nft_does_what_its_b_does():
+    b, undivided = batch(), {"eps": 1e6}
+    narrow = methods.nft(b, Setting(beta=2.0, advantage_clip=3.0), **undivided)
+    wide = methods.nft(b, Setting(beta=1.0, advantage_clip=6.0), **undivided)
+    torch.testing.assert_close(grad(narrow, b.v), grad(wide, b.v))
+    cut = b._replace(advantages=b.advantages.clamp(-0.5, 0.5))
+    clipped, of_cut = (
+        methods.nft(each, Setting(advantage_clip=clip), **undivided)
+        for each, clip in ((b, 0.5), (cut, 0.5))
+    )
+    torch.testing.assert_close(grad(clipped, b.v), grad(of_cut, b.v))
+
+
+def test_rvm_is_awm_with_a_kl_and_ram_is_it_at_one_with_the_raw_reward():
+    """RVM: A (v - v*) + anchor (v - v_ref). RAM: v regressed on v_ref + R (v* - v)."""
+    b, anchor = batch(), 0.3
+    kl = anchor * dgpo.mean_square(b.v, b.v_ref).mean()
+    of_each = b.advantages[..., None] * (b.v - b.v_star) + anchor * (b.v - b.v_ref)
+    ours = grad(methods.awm(b, Setting()) + kl, b.v)
+    torch.testing.assert_close(ours, 2 / b.v.numel() * of_each)
+
+    goal = (b.v_ref + b.rewards[..., None] * (b.v_star - b.v)).detach()
+    raw = methods.awm(b._replace(advantages=b.rewards), Setting())
+    ours = grad(raw + dgpo.mean_square(b.v, b.v_ref).mean(), b.v)
+    torch.testing.assert_close(ours, grad((b.v - goal).square().mean(), b.v))
+
+
+@pytest.mark.parametrize("method", ["CRD", "PAR", "V-GRPO"])
+def test_at_theta_old_it_is_awm(method):
+    """Before the first update, the reward enters all of them as A grad L."""
+    b = batch()
+    b = b._replace(v_old=b.v.detach().clone())
+    ours = grad(methods.METHODS[method].loss(b, Setting(beta=3.0, clip=0.2)), b.v)
+    torch.testing.assert_close(ours, grad(methods.awm(b, Setting()), b.v))
+
+
+def moved(scale, x):
+    """A pair at 1e-4 from theta_old, and what Diffusion-DPO does with it at scale * beta."""
+    b = batch(P=50, G=2, rewards=torch.tensor([0.0, 1.0], dtype=F64).expand(50, 2))
+    v_old = b.v.detach() + x * normal(50, 2, 3, seed=7)
+    b = b._replace(v_old=v_old, v_ref=v_old)
+    k, _ = dgpo.group_gradient(b.loss, b.loss_ref, b.advantages, scale * 2.0 / 2)
+    return b, grad((k * b.loss).mean(), b.v)
+
+
+@pytest.mark.parametrize(("method", "size", "scale"), [("CRD", 2, 2), ("Linear-DPO", 1, 1.6)])
+def test_the_residual_and_the_line_are_diffusion_dpo_to_first_order(method, size, scale):
+    """On a pair, at 2 and 1.6 times its beta: the difference is of third order, as in a sigmoid."""
+    errors = []
+    for x in (1e-2, 1e-3):
+        b, theirs = moved(scale, x)
+        ours = grad(methods.METHODS[method].loss(b, Setting(beta=2.0)), b.v) / size
+        errors.append((ours - theirs).abs().max().item())
+    assert errors[0] < 1e-4 and errors[1] < 2e-3 * errors[0]
+    b, theirs = moved(scale / 2, 1e-2)  # another beta is not the same
+    ours = grad(methods.METHODS[method].loss(b, Setting(beta=2.0)), b.v) / size
+    assert (ours - theirs).abs().max() > 10 * errors[0]
+
+
+def test_the_gate_of_linear_dpo_closes_and_opens_fully():
+    b = batch(P=3, G=2)
+    for beta in (1e6, -1e6):  # far away on either side
+        fell_behind = ((b.loss - b.loss_old) @ torch.tensor([-1.0, 1.0], dtype=F64)) * beta > 0
+        gate = fell_behind.double()[:, None] * torch.tensor([-1.0, 1.0], dtype=F64)
+        ours = grad(methods.linear_dpo(b, Setting(beta=beta)), b.v)
+        torch.testing.assert_close(ours, grad((gate * b.loss).mean(), b.v))
+
+
+class Losses(NamedTuple):
+    """What CRD, PAR and V-GRPO see of a batch."""
+
+    loss: torch.Tensor
+    loss_old: torch.Tensor
+    advantages: torch.Tensor
+
+
+def by_loss(method, losses, **setting):
+    """The gradient by each sample's loss, times the number of samples: what multiplies grad L."""
+    loss = losses.loss.detach().requires_grad_()
+    value = methods.METHODS[method].loss(losses._replace(loss=loss), Setting(beta=2.0, **setting))
+    return grad(value, loss) * loss.numel()
+
+
+@pytest.fixture
+def losses():
+    b = batch()
+    return Losses(b.loss.detach(), b.loss_old, b.advantages)
+
+
+def test_crd_rests_at_the_optimum_and_does_not_see_z(losses):
+    """At p_old exp(A / beta) / Z, the residual is zero whatever Z, a shift of a group's losses."""
+    z = 5 * normal(4, 1, seed=9)
+    optimal = losses._replace(loss_old=losses.loss + losses.advantages / 2.0 + z)
+    torch.testing.assert_close(by_loss("CRD", optimal), torch.zeros(4, 6, dtype=F64))
+    shifted = losses._replace(loss_old=losses.loss_old + z)
+    torch.testing.assert_close(by_loss("CRD", shifted), by_loss("CRD", losses))
+    assert not by_loss("PAR", optimal).allclose(torch.zeros(4, 6, dtype=F64))  # which has no centre
+
+
+def test_par_is_pepg_and_v_grpo_without_a_clip_is_epg(losses):
+    """rho (A - log rho) grad L and rho A grad L, with log rho = beta (L_old - L)."""
+    log_rho, A = 2.0 * (losses.loss_old - losses.loss), losses.advantages
+    torch.testing.assert_close(by_loss("PAR", losses), log_rho.exp() * (A - log_rho))
+    torch.testing.assert_close(by_loss("V-GRPO", losses), log_rho.exp() * A)
+    clipped = (A > 0) & (log_rho.exp() > 1.2) | (A < 0) & (log_rho.exp() < 0.8)
+    assert clipped.any() and not clipped.all()
+    expected = (log_rho.exp() * A).masked_fill(clipped, 0)
+    torch.testing.assert_close(by_loss("V-GRPO", losses, clip=0.2), expected)
+
+
+def test_thermo_dpo_is_diffusion_dpo_with_a_third_rival():
+    """The paper's Theorems 4.1 and 4.2: its limits, and a term that is never negative."""
+    b, beta = batch(P=50, G=2), 3.0
+    tau, anchor = 2 * b.t[:, 0] / beta, (1 - b.t[:, 0]) ** 2 * b.loss[:, 1]
+    x = (b.loss - b.loss_ref) @ torch.tensor([-1.0, 1.0], dtype=F64)
+    dpo = tau / 2 * F.softplus(x / tau)
+    third = tau / 2 * torch.log1p((anchor / tau).exp() / (1 + (x / tau).exp()))
+    torch.testing.assert_close(methods.thermo_dpo(b, Setting(beta=beta)), (dpo + third).mean())
+
+    cold = methods.thermo_dpo(b, Setting(beta=1e9))
+    hard = torch.maximum(x.clamp(min=0), anchor)
+    torch.testing.assert_close(cold, hard.mean() / 2)
+    anchored = (anchor > x) & (anchor > 0)
+    assert anchored.any() and not anchored.all()
+    supervised = torch.where(anchored, anchor, x.clamp(min=0)).mean() / 2
+    torch.testing.assert_close(grad(cold, b.v), grad(supervised, b.v))  # the loser is let go
 
 
 def test_sdpo_is_diffusion_dpo_that_scales_a_harmful_loser_down():
@@ -134,22 +263,31 @@ def test_flow_grpo_clips_by_hand():
 
 # One sample's loss, as the figure shows it
 
-
-def slope(method, v, A, h=1e-2):
-    return (figures.loss_of_one(method, v + h, A) - figures.loss_of_one(method, v - h, A)) / 2 / h
+LINE = torch.linspace(-100, 3, 103001, dtype=F64)
 
 
 @pytest.mark.parametrize("method", figures.FAMILY)
 @pytest.mark.parametrize("A", [1.0, -1.0])
 def test_the_family_has_one_slope_at_theta_old(method, A):
     """2 A e with e = v_old - v* = -1."""
-    assert slope(method, 0.0, A) == pytest.approx(-2 * A, rel=0.02)
+    before, after = figures.loss_of_one(method, torch.tensor([-0.01, 0.01], dtype=F64), A)
+    assert (after - before) / 0.02 == pytest.approx(-2 * A, rel=0.03)
+
+
+def test_a_good_sample_of_awm_is_regressed():
+    torch.testing.assert_close(figures.loss_of_one("AWM", LINE, 1.0), (LINE - 1) ** 2 - 1)
 
 
 def test_what_becomes_of_a_bad_sample():
-    fall = {method: figures.loss_of_one(method, -100, -1.0) for method in figures.FAMILY}
-    assert fall["AWM"] < -1e4  # without end
-    assert fall["DGPO"] == pytest.approx(-2 * math.log(2), rel=1e-2)  # 2 log(2) / beta
-    assert fall["Flow-GRPO"] == pytest.approx(-1, rel=1e-3)  # from A rho = -1 to 0
-    assert fall["Bounded DGPO"] > 0 and fall["DiffusionNFT"] > 0
-    assert slope("Bounded DGPO", -1, -1.0) == pytest.approx(0, abs=1e-3)  # v* mirrored at v_old
+    curves = {method: figures.loss_of_one(method, LINE, -1.0) for method in figures.FAMILY}
+    far = {method: curve[0].item() for method, curve in curves.items()}  # at v = -100
+    lowest = {method: LINE[curve[LINE < 1].argmin()].item() for method, curve in curves.items()}
+    assert far["AWM"] < -1e4  # falls without end
+    assert far["DGPO"] == pytest.approx(-2 * math.log(2), rel=1e-3)  # is let go
+    assert far["V-GRPO"] == pytest.approx(-1 / 2, rel=1e-3)  # from A rho / beta to 0
+    assert far["Linear-DPO"] == pytest.approx(-0.625, rel=1e-3)  # at x = -1 / (0.4 beta)
+    assert far["DiffusionNFT"] > 0 and far["CRD"] > 1e6  # have a target, and lead back to it
+    assert lowest["CRD"] == pytest.approx(1 - math.sqrt(2), abs=1e-3)  # where beta / 2 dL = 1
+    assert lowest["Bounded DGPO"] == pytest.approx(-1, abs=1e-3)  # v* mirrored at v_old
+    assert lowest["PAR"] == pytest.approx(1 - math.sqrt(1.5), abs=1e-3)  # where beta dL = 1 ...
+    assert far["PAR"] > curves["PAR"][LINE < 1].min() + 0.1  # ... but it is let go beyond it

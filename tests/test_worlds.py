@@ -114,3 +114,23 @@ def test_every_method_learns_and_costs_what_the_network_evaluated(name, model, m
     before = flow2d.reward(c, flow2d.sample(model, c, noise)).mean()
     learn(model, setting, 30)
     assert flow2d.reward(c, flow2d.sample(model, c, noise)).mean() > before + 1
+
+
+def test_stratified_timesteps_come_from_equal_parts(monkeypatch):
+    """V-GRPO: the k-th timestep of each group from the k-th of K equal parts of [t_min, 1]."""
+    seen = []
+    monkeypatch.setattr(
+        worlds.methods, "backward", lambda networks, setting, x0, eps, t, *_: seen.append(t)
+    )
+    setting = Setting(
+        "V-GRPO", ema=0.9, t_min=0.2, train_timesteps=4, prompts_per_step=50, stratified=True
+    )
+    model = flow2d.VelocityNet()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    next(worlds.learn(model, worlds.make("ring-2"), setting, seeded()))
+    (t,) = seen
+    part = t.view(4, 50)
+    assert (part >= 0.2 + 0.2 * torch.arange(4)[:, None]).all()
+    assert (part <= 0.4 + 0.2 * torch.arange(4)[:, None]).all()
+    assert part.std(1).min() > 0.03

@@ -45,6 +45,7 @@ class Settings:
 
     out: str | None = None  # The pipeline's folder. Default: tiny_sd35/out/ and the world's name.
     pretraining: int | None = None  # Steps of pretraining. Default: the world's.
+    seed: int = 0  # Of the pretraining's data and noise.
     samples: int = 96  # Pictures of each task in the table.
     lora: list[str] = field(default_factory=list)  # Test these LoRAs' folders; do not pretrain.
     figure: str | None = None  # Draw pictures and the LoRAs' rewards in this file.
@@ -200,14 +201,14 @@ def to_latents(pipe: Pipeline, images: Tensor) -> Tensor:
     return (x0 - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
 
-def pretrain(pipe: Pipeline, world: ModuleType, steps: int) -> Iterator[float]:
+def pretrain(pipe: Pipeline, world: ModuleType, steps: int, seed: int = 0) -> Iterator[float]:
     """Train by flow matching on captions of which world.WRONG belong to another picture.
 
     A tenth are empty, so that guidance can be used. Yields the loss of each step.
     """
     prompts, wrong, batch = world.prompt_lists()["prompts"], world.WRONG, 32
-    rng = random.Random(0)
-    torch.manual_seed(0)
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
     embeds, pooled = encode(pipe, ["", *(prompt["prompt"] for prompt in prompts)])
     index = {prompt["prompt"]: i for i, prompt in enumerate(prompts, 1)}
     parameters = list(pipe.transformer.parameters())
@@ -263,7 +264,7 @@ def main(world: ModuleType) -> None:
         pipe = load_pipeline(str(out), torch.float32)
     else:
         pipe, steps = world.build(), settings.pretraining or world.STEPS
-        progress = tqdm(pretrain(pipe, world, steps), "pretraining", total=steps)
+        progress = tqdm(pretrain(pipe, world, steps, settings.seed), "pretraining", total=steps)
         for loss in progress:
             progress.set_postfix(loss=f"{loss:.3f}")
         pipe.save_pretrained(out)
