@@ -29,7 +29,7 @@ MOST = ("DGPO", "Bounded DGPO", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
 NEW = ("Linear-DPO", "ThermoDPO", "CRD", "PAR", "V-GRPO")  # the methods of 2026
 ALL = (*MOST, *NEW)
 COMPARED = {"ring-2": (*ALL, "AWM", "GPO"), "blobs": ALL, "ring-32": ALL, "ring-128": MOST[:4]}
-IN_2D, LARGER = tuple(COMPARED), ("ring-512",)
+IN_2D, IN_FAMILY, LARGER = tuple(COMPARED), ("ring-2", "blobs", "ring-32"), ("ring-512",)
 MAIN = ("DGPO", "Bounded DGPO", "Flow-GRPO")  # what sweeps are around, and the check is of
 
 TINY = ("Bounded DGPO", "Flow-GRPO", "DGPO", "DiffusionNFT")
@@ -38,7 +38,10 @@ COMPARED |= {
     "words-2": (*TINY[:3], "Diffusion-DPO", *VARIANTS),
     "shapes": (*TINY, "Diffusion-DPO", "DGPO, bounded pairs"),
 }
-SEARCHED_IN = {"words-2": "words"}  # another pretraining, with the settings chosen in the first
+BEST_OF_NEW = ("ThermoDPO", "CRD")  # by their results in 2-D
+COMPARED |= dict.fromkeys(
+    ("words-3", "words-4"), (*BEST_OF_NEW, "DGPO", "Flow-GRPO", "Diffusion-DPO")
+)
 EXPERIMENTS = ("methods", *sweeps.SWEEPS)
 
 
@@ -69,6 +72,13 @@ class Arguments:
             raise UserError("--table and --only go with --full")
 
 
+def searched_in(world: str, name: str) -> str:
+    """The world whose search chose a method's setting; all of words share one for a method."""
+    if world.startswith("words"):
+        return "words-3" if name in BEST_OF_NEW else "words"
+    return world
+
+
 def module_of(world: str) -> ModuleType:
     """What has the world's `run`, `make`, `base_setting`, `origin`, PLAN, SPACE and SEEDS."""
     return tiny if world in tiny.WORLDS else worlds
@@ -88,7 +98,7 @@ class Comparison:
         jobs = []
         for world, names in COMPARED.items():
             for name in names:
-                if name in METHODS and world not in SEARCHED_IN:
+                if name in METHODS and searched_in(world, name) == world:
                     jobs.append(("methods", world, "searches", name, self.search))
                 jobs.append(("methods", world, "reports", name, self.report))
         for name, sweep in sweeps.SWEEPS.items():
@@ -98,7 +108,7 @@ class Comparison:
     def searched(self, world: str, name: str) -> dict[str, Any]:
         """The result of a search; for a variant, of the method whose setting it changes."""
         of = VARIANTS.get(name, (name,))[0]
-        searches = self.results.of(SEARCHED_IN.get(world, world), "searches")
+        searches = self.results.of(searched_in(world, of), "searches")
         if of not in searches:
             raise UserError(f"no search of {of} in {world} is finished; run --full first")
         return searches[of]
@@ -165,7 +175,14 @@ class Comparison:
     def tables(self) -> dict[str, str]:
         """By their place in page.md."""
         in_2d, on_tiny = self.reports(IN_2D), self.reports(tuple(tiny.WORLDS))
+        missing = [
+            f"{name} in {world} ({kind})"
+            for _, world, kind, name, _ in self.jobs()
+            if name not in self.results.of(world, kind)
+        ]
         tables = {
+            "missing": ", ".join(missing) or "nothing",
+            "family": table(FAMILY_HEADER, self.family_rows(in_2d)),
             "methods": table(METHODS_HEADER, self.method_rows(in_2d)),
             "chosen": table(CHOSEN_HEADER, self.chosen_rows(in_2d)),
             "tiny": table(TINY_HEADER, self.tiny_rows(on_tiny)),
@@ -188,6 +205,19 @@ class Comparison:
             figures.plot_curves(folder / "curves.png", in_2d, goals)
         if on_tiny := self.reports(tuple(tiny.WORLDS)):
             figures.plot_curves(folder / "tiny.png", on_tiny, goals)
+
+    def family_rows(self, reports: figures.Reports) -> list[list[str]]:
+        """A row a method, by how the reward enters its gradient."""
+        rows = []
+        for name, method in METHODS.items():
+            cells, works = [], []
+            for world in IN_FAMILY:
+                runs = reports.get(world, {}).get(name)
+                cells += run_cells(world, runs)[:2] if runs else ["", ""]
+                works += [self.searched(world, name)["works"]] if runs else []
+            share = "{} of {}".format(*map(sum, zip(*works, strict=True))) if works else ""
+            rows.append([method.enters, name, *cells, share])
+        return [row for row in rows if any(row[2:])]
 
     def method_rows(self, reports: figures.Reports) -> list[list[str]]:
         rows = []
@@ -241,6 +271,9 @@ class Comparison:
 
 
 RUN_HEADER = ["success", "cost, thousands of forwards", "quality", "spread", "progress"]
+FAMILY_HEADER = ["how the reward enters", "method"]
+FAMILY_HEADER += [f"{world}: {what}" for world in IN_FAMILY for what in ("success", "cost")]
+FAMILY_HEADER += ["random settings that succeed"]
 METHODS_HEADER = ["world", "method", *RUN_HEADER, "cost, over DGPO's"]
 METHODS_HEADER += ["random settings that succeed", "search, millions of forwards"]
 CHOSEN_HEADER = ["world", "method", "chosen, where it is not the default", "widened", "at an edge"]
@@ -284,10 +317,9 @@ def tiny_ratio(name: str, by_method: figures.ByMethod) -> str:
     return "1" if name == "Bounded DGPO" else protocol.ratio_of_few(*compared, spacing)
 
 
-def page(tables: dict[str, str], missing: list[str]) -> str:
+def page(tables: dict[str, str]) -> str:
     """lab/results/README.md: the words of page.md, with the tables in their places."""
     text = (Path(__file__).parent / "page.md").read_text("utf-8")
-    tables = {**tables, "missing": ", ".join(missing) or "nothing"}
     return re.sub("{{(.+?)}}", lambda place: tables[place[1]], text)
 
 
@@ -301,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(comparison.check(world, args.methods or list(MAIN), args.seed), flush=True)
         return
 
-    comparison, missing = Comparison(results, Computer(Path(args.out))), []
+    comparison = Comparison(results, Computer(Path(args.out)))
     for experiment, world, kind, name, make in comparison.jobs():
         if name in results.of(world, kind):
             continue
@@ -311,11 +343,9 @@ def main(argv: list[str] | None = None) -> None:
             origin = module_of(world).origin(world)
             results.check_origin(world, origin)
             results.put(world, kind, name, make(world, name), origin)
-        else:
-            missing.append(f"{name} in {world} ({kind})")
     comparison.draw()
     tables = comparison.tables()
-    replace_file(results.folder / "README.md", lambda path: path.write_text(page(tables, missing)))
+    replace_file(results.folder / "README.md", lambda path: path.write_text(page(tables)))
     print("\n\n".join([tables[args.only]] if args.only else tables.values()))
 
 
