@@ -32,7 +32,7 @@ import rewards
 from sd35 import model as sd35
 from sd35 import prompts, report, run
 from sd35.gradient import backward_group_loss, combine_advantages, extremes
-from sd35.lora import LORA_FILE, add_lora, save_lora, start_from_lora
+from sd35.lora import LORA_FILE, add_lora, recompute, save_lora, start_from_lora
 from sd35.settings import Settings, UserError, learning_rate_at, parse, task_of
 
 Rewards = dict[str, tuple[float, rewards.Reward]]  # weight and function, by the reward's name
@@ -63,9 +63,8 @@ class Trainer:
         pipe.scheduler = sd35.make_scheduler(settings.sampler, settings.flow_shift)
         pipe.transformer.to(self.device)
         pipe.vae.to(self.device)
-        checkpointing = settings.gradient_checkpointing is not False  # until auto knows better
-        lora = (settings.rank, settings.lora_alpha, settings.seed, checkpointing)
-        theta = add_lora(pipe.transformer, *lora)
+        theta = add_lora(pipe.transformer, settings.rank, settings.lora_alpha, settings.seed)
+        recompute(pipe.transformer, settings.gradient_checkpointing is not False)
         if settings.init_lora:
             start_from_lora(pipe, theta, settings.init_lora)
         images = int(settings.micro_batch_size.replace("auto", "0"))

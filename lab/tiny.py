@@ -101,7 +101,7 @@ class Training:
         pipe = sd35.load_pipeline(settings.pretrained_model_name_or_path, torch.float32)
         encode = sd35.Encoder(pipe, settings.max_sequence_length, torch.device("cpu"))
         pipe.scheduler = sd35.make_scheduler(settings.sampler, settings.flow_shift)
-        theta = lora.add_lora(pipe.transformer, settings.rank, settings.lora_alpha, seed, False)
+        theta = lora.add_lora(pipe.transformer, settings.rank, settings.lora_alpha, seed)
         decay = settings.adam_weight_decay
         self.optimizer = torch.optim.AdamW(theta, settings.learning_rate, weight_decay=decay)
         self.model = sd35.Model(pipe, theta, settings.resolution, int(settings.micro_batch_size))

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -25,13 +26,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgpo
-from sd35.lora import add_lora, int8_config
+from sd35.lora import add_lora, int8_config, recompute
 from sd35.model import TIMES, TRAINING_NOISE, Encoded, load_pipeline, seeded
-from sd35.run import REWARD_ROOM, Clock, fit_micro_batch, run_script
+from sd35.run import REWARD_ROOM, SHARES, Clock, fit_micro_batch, passes, run_script
 from sd35.settings import Settings, parse
 from train_sd35 import Trainer, launch
 
@@ -75,6 +79,24 @@ def tflop(work: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e12
 
 
+class Allocated(TorchDispatchMode):
+    """Remembers what operators allocate, to count what of it is still in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[StorageWeakRef, int] = {}  # in bytes
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None) -> Any:
+        output = operator(*args, **(kwargs or {}))
+        if not operator.is_view:
+            parts = [x.untyped_storage() for x in tree_leaves(output) if isinstance(x, Tensor)]
+            self.sizes |= {StorageWeakRef(part): part.nbytes() for part in parts}
+        return output
+
+    def gigabytes(self) -> float:
+        return sum(size for ref, size in self.sizes.items() if not ref.expired()) / 1e9
+
+
 def count_sizes(settings: Settings) -> SimpleNamespace:
     """1e9 parameters of each network; an image's activations in GB, and its passes in TFLOP."""
     dtype, side, size = torch.bfloat16, settings.resolution // 8, SimpleNamespace()
@@ -89,19 +111,6 @@ def count_sizes(settings: Settings) -> SimpleNamespace:
         inputs = [torch.empty(1, *shape, dtype=dtype) for shape in shapes]
         return transformer(*inputs, torch.empty(1))[0]
 
-    def saved() -> float:  # what autograd saves for the backward pass, besides the weights
-        storages = {}
-
-        def pack(x: Tensor) -> Tensor:
-            storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            _output = forward()  # holds the graph
-        for parameter in transformer.parameters():
-            storages.pop(parameter.untyped_storage()._cdata, None)
-        return sum(storages.values()) / 1e9
-
     def attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:  # as on a GPU
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
@@ -111,28 +120,32 @@ def count_sizes(settings: Settings) -> SimpleNamespace:
         size.linear = sum(layer.weight.numel() for layer in linear) / 1e9
         size.reference = tflop(forward)
         size.decode = tflop(lambda: vae.decode(torch.empty(1, 16, side, side)))
-        add_lora(transformer, settings.rank, settings.lora_alpha, settings.seed, False)
+        add_lora(transformer, settings.rank, settings.lora_alpha, settings.seed)
         size.lora = count(transformer) - size.transformer
         transformer.to(dtype)  # as under autocast, but for some copies in float32
         size.theta = tflop(forward)
-        size.whole = saved()
-        transformer.enable_gradient_checkpointing()
-        inputs = saved()
-        size.checkpointed = inputs + (size.whole - inputs) / 24  # a block at a time is recomputed
-        size.backward = tflop(lambda: forward().sum().backward())  # with the recomputation
+        size.memory, size.backward = {}, {}  # by the share of blocks that are recomputed
+        for share in SHARES:
+            recompute(transformer, share)
+            with Allocated() as allocated:
+                _output = forward()  # holds the graph
+            size.memory[share] = allocated.gigabytes()
+            size.backward[share] = tflop(lambda: forward().sum().backward())
+    # In the backward pass, one block at a time has all its activations again.
+    peak = size.memory[1] + size.memory[0] / len(transformer.transformer_blocks)
+    size.memory = {share: max(memory, peak) for share, memory in size.memory.items()}
     return size
 
 
-def step_tflop(settings: Settings, size: SimpleNamespace) -> dict[str, float]:
-    """TFLOP of a rollout of all groups and the training on it, by phase."""
+def step_tflop(settings: Settings, size: SimpleNamespace, share: float) -> dict[str, float]:
+    """TFLOP by phase of a rollout of all groups and the training, recomputing a share of blocks."""
     G, m = settings.group_size, settings.train_samples or settings.group_size
     scales = settings.guidance_scale, settings.reference_guidance_scale
     guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
     in_parts = settings.micro_batch_size != "auto" and int(settings.micro_batch_size) < m
     # theta_old for clip, bound or as the reference, and theta for the gap of a group in parts
-    passes = bool(settings.clip or settings.bound or settings.ema_reference) + in_parts
-    backward = size.backward - (settings.gradient_checkpointing is False) * size.theta
-    train = guided_reference * size.reference + passes * size.theta + backward
+    forwards = bool(settings.clip or settings.bound or settings.ema_reference) + in_parts
+    train = guided_reference * size.reference + forwards * size.theta + size.backward[share]
     each = {
         "rollout": settings.num_inference_steps * guided * size.theta,
         "decode": size.decode,
@@ -140,16 +153,6 @@ def step_tflop(settings: Settings, size: SimpleNamespace) -> dict[str, float]:
         "train": settings.train_timesteps * train * m / G * settings.updates_per_rollout,
     }
     return {name: settings.prompts_per_step * G * count for name, count in each.items()}
-
-
-def choice(settings: Settings, size: SimpleNamespace, room: float) -> Settings | None:
-    """What --micro_batch_size auto would choose with so many GB beside the weights, if anything."""
-    m = settings.train_samples or settings.group_size
-    fits, with_checkpoints = int(room / size.whole), int(room / size.checkpointed)
-    if fits >= m and settings.gradient_checkpointing is not True:
-        return replace(settings, micro_batch_size=str(m), gradient_checkpointing=False)
-    most = fits if settings.gradient_checkpointing is False else with_checkpoints
-    return replace(settings, micro_batch_size=str(min(most, m))) if most else None
 
 
 def plan(settings: Settings) -> None:
@@ -166,34 +169,31 @@ def plan(settings: Settings) -> None:
     always, encoding = sum(memory.values()), T5_GB[settings.quantize] + 16 * size.lora
     memory |= {
         "together, while T5 encodes prompts, without transformer and VAE": encoding,
-        f"together, training, images per pass: {n}": always + n * size.checkpointed,
-        "the same without gradient checkpointing": always + n * size.whole,
+        f"together, training, images per pass: {n}": always + n * size.memory[1],
+        "the same without gradient checkpointing": always + n * size.memory[0],
         "together, decoding an image, roughly": always + decode,
     }
     print(f"GB for SD3.5 Medium in {'int8' if int8 else 'bf16'} at {settings.resolution} px:")
     for name, gigabytes in memory.items():
         print(f"{gigabytes:8.2f}  {name.format(rank=settings.rank)}")
 
-    print(
-        f"What auto chooses, and TFLOP of {P} groups of {G}, if a tenth of the card stays free and"
-    )
+    print(f"What auto chooses, and TFLOP of {P} groups of {G}, if a tenth of it stays free and")
     print(
         f"PickScore takes {PICKSCORE_GB} GB, or runs on the CPU beside less than {REWARD_ROOM} GB:"
     )
     for card in CARDS:
         room = 0.9 * card - PICKSCORE_GB * (card >= REWARD_ROOM)
-        fits = max(encoding, always + decode) < room
-        chosen = choice(settings, size, room - always) if fits else None
         text = "too small" if int8 else "too small; try --quantize int8"
-        if chosen:
-            text = f"{chosen.micro_batch_size} images per pass, "
-            text += (
-                "nothing recomputed" if chosen.gradient_checkpointing is False else "recomputing"
-            )
-            text += f", {sum(step_tflop(chosen, size).values()):.0f} TFLOP"
+        for share, m in passes(settings) if max(encoding, always + decode) < room else ():
+            if always + m * size.memory[share] < room:
+                chosen = replace(settings, micro_batch_size=str(m))
+                text = f"{m} images per pass, {share:.0%} of the blocks recomputed, "
+                text += f"{sum(step_tflop(chosen, size, share).values()):.0f} TFLOP"
+                break
         print(f"{card:8} GB  {text}")
 
-    work, n = step_tflop(settings, size), settings.max_train_steps
+    share, n = settings.gradient_checkpointing is not False, settings.max_train_steps
+    work = step_tflop(settings, size, share)
     work["together"] = sum(work.values())
     print("TFLOP by phase, with a group in one pass, recomputing:")
     for name, count in work.items():
@@ -251,7 +251,8 @@ def step(settings: Settings) -> None:
     chosen = [{"prompt": TEXT}] * settings.prompts_per_step
     rows = [trainer.take_step(chosen, i) for i in range(REPEATS + 1)]
     is_medium = settings.pretrained_model_name_or_path == DEFAULT
-    work = step_tflop(settings, count_sizes(settings)) if is_medium else {}
+    share = settings.gradient_checkpointing is not False  # as without auto
+    work = step_tflop(settings, count_sizes(settings), share) if is_medium else {}
     for name in rows[0]:
         if "second" in name or name == "peak_memory_gb":
             mean = sum(row[name] for row in rows[1:]) / REPEATS  # the first one warms up

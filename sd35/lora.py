@@ -1,7 +1,11 @@
-"""The LoRA: adding one to the transformer, starting from one, loading one, and saving one."""
+"""The LoRA: adding one to the transformer, starting from one, loading one, and saving one.
+
+And how much of the transformer is recomputed while it is trained.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,8 @@ from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sd35.settings import UserError
 
@@ -34,12 +39,10 @@ def int8_config() -> Any:
     return Int8WeightOnlyConfig(version=2)
 
 
-def add_lora(
-    transformer: nn.Module, rank: int, alpha: int, seed: int, checkpointing: bool
-) -> list[nn.Parameter]:
+def add_lora(transformer: nn.Module, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
     """Add a LoRA that changes nothing yet. Returns theta, its parameters, in float32.
 
-    seed: decides the initial values. checkpointing: recompute activations in the backward pass.
+    seed: decides the initial values.
     """
     torch.manual_seed(seed)
     targets = [f"attn.{name}" for name in LORA_TARGETS.split()]
@@ -48,9 +51,22 @@ def add_lora(
     )
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def recompute(transformer: nn.Module, share: float) -> None:
+    """Recompute the activations of this share of the blocks, 0 to 1, in the backward pass.
+
+    Such a block saves its inputs alone. They are the first blocks: when the backward pass comes to
+    them, the activations of the others are free again. The gradient stays the same.
+    """
+    blocks = transformer.transformer_blocks
+    chosen = set(blocks[: math.ceil(share * len(blocks))])
+
+    def run(block: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
+        return checkpoint(block, *args, use_reentrant=False) if block in chosen else block(*args)
+
+    transformer.enable_gradient_checkpointing(run)
 
 
 @torch.no_grad()

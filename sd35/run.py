@@ -26,13 +26,16 @@ from accelerate import Accelerator
 from accelerate.tracking import LoggerType, get_available_trackers
 
 from rewards import RewardError
-from sd35.lora import LORA_FILE, save_lora
+from sd35.lora import LORA_FILE, recompute, save_lora
 from sd35.model import Model
 from sd35.settings import Settings, UserError
 
 # GB of GPU memory from which on the rewards share the GPU; on smaller ones they run on the CPU,
 # beside the rollout.
 REWARD_ROOM = 12
+
+# The shares of the transformer's blocks that may be recomputed in the backward pass.
+SHARES = (0, 1 / 4, 1 / 2, 3 / 4, 1)
 
 # What a resumed run may change, because it does not change the steps.
 FREE_TO_CHANGE = (
@@ -268,14 +271,28 @@ def reward_device(device: torch.device) -> torch.device:
     return device
 
 
-def fit_micro_batch(model: Model, settings: Settings) -> int:
-    """Find the most images that fit in one pass, by trying, and return their number.
+def passes(settings: Settings) -> list[tuple[float, int]]:
+    """What to try for a pass, fewest FLOPs first: the share of blocks recomputed, and images.
 
-    A whole group is tried first, at all its K times, without recomputing activations in the
-    backward pass; then with that, and smaller parts. settings.gradient_checkpointing decides if it
-    is not None. On a CPU it is the whole group. Raises a RuntimeError if not one image fits.
+    A pass must hold a whole group at one time, or else theta has a second forward, which costs as
+    much as recomputing all blocks. More of the group's K times only launch fewer kernels, and are
+    tried where nothing is recomputed. settings.gradient_checkpointing decides if it is not None.
     """
-    device, transformer, G = model.device, model.pipe.transformer, settings.group_size
+    m = settings.train_samples or settings.group_size
+    whole = [k * m for k in range(settings.train_timesteps, 0, -1)]
+    parts = sorted({math.ceil(m / n) for n in range(2, m + 1)}, reverse=True)
+    if settings.gradient_checkpointing is not None:
+        return [(int(settings.gradient_checkpointing), n) for n in whole + parts]
+    group = [(share, m) for share in SHARES[1:]]
+    return [(0, n) for n in whole] + group + [(share, n) for share in (0, 1) for n in parts]
+
+
+def fit_micro_batch(model: Model, settings: Settings) -> int:
+    """Find by trying which of `passes` fits in the GPU's memory, and return its images.
+
+    On a CPU it is a group without recomputation. Raises a RuntimeError if not one image fits.
+    """
+    device, choices = model.device, passes(settings)
 
     def one_pass(m: int) -> None:
         model.images_per_pass = m
@@ -286,21 +303,13 @@ def fit_micro_batch(model: Model, settings: Settings) -> int:
         model.velocity("")(x, t, t).square().mean().backward()
         del spare
 
-    whole = [k * G for k in range(settings.train_timesteps, 0, -1)]
-    parts = sorted({math.ceil(G / n) for n in range(2, G + 1)}, reverse=True)
-    choices = [(False, m) for m in whole] + [(True, m) for m in whole + parts]
-    if settings.gradient_checkpointing is not None:
-        choices = [(settings.gradient_checkpointing, m) for m in whole + parts]
-    for recompute, m in choices if device.type == "cuda" else [(choices[0][0], G)]:
-        if recompute:
-            transformer.enable_gradient_checkpointing()
-        else:
-            transformer.disable_gradient_checkpointing()
+    for share, m in choices if device.type == "cuda" else [(choices[0][0], settings.group_size)]:
+        recompute(model.pipe.transformer, share)
         try:
             one_pass(m)
             return m
         except RuntimeError:  # cuDNN and others have their own words for a full memory
-            if m == 1:
+            if (share, m) == choices[-1]:
                 raise
         finally:
             for parameter in model.theta:

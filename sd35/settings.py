@@ -124,7 +124,7 @@ class Settings:
     ema_updates: int = 2  # Updates of the saved average each time. (num_batches_per_epoch)
     # Of the transformer and the text encoders. Default: bf16 if the GPU has it.
     mixed_precision: Literal["no", "bf16"] | None = None
-    # Less memory, for a quarter more time. Default: unless auto finds that a group fits without.
+    # Recompute all blocks in the backward pass, to save memory. By default auto decides how many.
     gradient_checkpointing: bool | None = None
     quantize: Literal["none", "int8"] = "none"  # Hold the frozen base in 8 bits.
 

@@ -77,7 +77,7 @@ def test_without_a_model_the_weights_are_random_and_steps_are_timed(tmp_path, ca
     settings = parse(Settings, [*line, "--resolution", "32"])
     bench.step(settings)
     rows = {row.split()[1].strip(","): row.split() for row in capsys.readouterr().out.splitlines()}
-    work = bench.step_tflop(settings, bench.count_sizes(settings))
+    work = bench.step_tflop(settings, bench.count_sizes(settings), 0)
     for phase in ("rollout", "decode", "train"):
         took, _, rate, unit = rows[f"seconds/{phase}"]
         assert unit == "TFLOP/s" and float(rate) == pytest.approx(
@@ -135,8 +135,8 @@ def test_the_plan_counts_the_real_geometry(capsys, monkeypatch):
     assert [line for line in lines if " 8 GB" in line] == [
         "       8 GB  too small; try --quantize int8"
     ]
-    assert any(" 8 GB  18 images per pass, recomputing" in line for line in lines_int8)
-    assert any("80 GB  24 images per pass, nothing recomputed, 16544" in line for line in lines)
+    assert any(" 8 GB  1 images per pass, 0% of the blocks" in line for line in lines_int8)
+    assert any("80 GB  24 images per pass, 0% of the blocks recomputed, 16546" in x for x in lines)
 
     # Two FLOPs per parameter and token: an image token meets 12 d^2 per block, with d = 1536, and
     # in 13 of the 24 blocks 4 d^2 more, a text token 12 d^2. Attention and the LoRA come on top.
@@ -147,10 +147,10 @@ def test_the_plan_counts_the_real_geometry(capsys, monkeypatch):
 
 def test_the_plan_counts_the_passes_of_a_step():
     settings = parse(Settings, ["--micro_batch_size", "4"])  # groups of 24
-    size = SimpleNamespace(reference=1.0, theta=2.0, backward=5.0, decode=0.5)
+    size = SimpleNamespace(reference=1.0, theta=2.0, backward={0: 3.0, 1: 5.0}, decode=0.5)
 
-    def tflop(**changed):
-        return bench.step_tflop(dataclasses.replace(settings, **changed), size)
+    def tflop(share=1, **changed):
+        return bench.step_tflop(dataclasses.replace(settings, **changed), size, share)
 
     whole, K = tflop(), settings.train_timesteps
     # The reference, theta_old for the clip, theta for the gap of a group in parts, the backward.
@@ -160,6 +160,7 @@ def test_the_plan_counts_the_passes_of_a_step():
         assert fewer["train"] == pytest.approx(whole["train"] * U * m / 24)
         assert {**fewer, "train": 0} == {**whole, "train": 0}
     assert tflop(micro_batch_size="auto")["train"] == pytest.approx(192 * K * (1 + 2 + 5))
+    assert tflop(share=0)["train"] == pytest.approx(192 * K * (1 + 2 + 2 + 3))
     assert tflop(bound=1.0) == whole  # it needs theta_old, which the clip has evaluated already
     free, bounded = (tflop(clip=0.0, bound=bound)["train"] for bound in (0.0, 1.0))
     assert bounded - free == pytest.approx(192 * K * 2.0)

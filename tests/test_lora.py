@@ -9,7 +9,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_run import TEXT, model, point
 
-from sd35.lora import LORA_FILE, LORA_TARGETS, add_lora, load_lora, save_lora, start_from_lora
+from sd35.lora import (
+    LORA_FILE,
+    LORA_TARGETS,
+    add_lora,
+    load_lora,
+    recompute,
+    save_lora,
+    start_from_lora,
+)
 from sd35.model import Model, load_pipeline
 from sd35.settings import UserError
 from tiny_sd35 import shapes
@@ -101,7 +109,7 @@ def test_every_form_of_a_lora_loads(save, tiny_model, tiny, tmp_path):
 def test_a_run_starts_from_a_lora_and_its_reference_is_the_base(save, tiny_model, tiny, tmp_path):
     expected, pipe = save(tiny_model, tmp_path), base(tiny)
     transformer, before = pipe.transformer, output(pipe.transformer, tiny_model)
-    theta = add_lora(transformer, 4, 3, 0, False)  # whose alpha is another
+    theta = add_lora(transformer, 4, 3, 0)  # whose alpha is another
     start_from_lora(pipe, theta, str(tmp_path))
     assert (output(transformer, tiny_model) - expected).abs().max() < 1e-5
     assert list(transformer.peft_config) == ["default"]
@@ -127,7 +135,7 @@ def of_a_deeper_model(trained, folder):
 def of_another_lora(rank, width):
     def write(trained, folder):
         pipe = shapes.build(width=width, layers=2)
-        add_lora(pipe.transformer, rank, 4, 0, False)
+        add_lora(pipe.transformer, rank, 4, 0)
         save_lora(pipe, folder)
 
     return write
@@ -148,14 +156,32 @@ def test_a_lora_that_does_not_fit_is_one_sentence(write, tiny_model, tiny, tmp_p
     write(tiny_model, tmp_path)
     pipe = base(tiny)
     with pytest.raises(UserError, match=OTHERS[write]):
-        start_from_lora(pipe, add_lora(pipe.transformer, 4, 8, 0, False), str(tmp_path))
+        start_from_lora(pipe, add_lora(pipe.transformer, 4, 8, 0), str(tmp_path))
+
+
+@pytest.mark.parametrize(("share", "twice"), [(0, 0), (1 / 4, 1), (1 / 2, 1), (3 / 4, 2), (1, 2)])
+def test_the_first_blocks_run_twice_for_the_same_gradient(share, twice, tiny_model):
+    runs, transformer = [], tiny_model.pipe.transformer
+    for i, block in enumerate(transformer.transformer_blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
+
+    def gradient():
+        loss = tiny_model.velocity(TEXT)(*point(tiny_model)).square().mean()
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, tiny_model.theta)])
+
+    plain = gradient()
+    assert runs == [0, 1]
+    recompute(transformer, share)
+    assert (gradient() - plain).abs().max() < 1e-6 < plain.abs().max()
+    assert sorted(runs[2:]) == sorted([0, 1, *range(twice)])
 
 
 def test_a_base_in_8_bits_trains_a_lora_for_the_full_base(tiny, tmp_path):
     """theta and the reference share the int8 base, which no step and no swap changes."""
     pytest.importorskip("torchao")
     pipe = load_pipeline(str(tiny), torch.float32, "int8")
-    theta = add_lora(pipe.transformer, 4, 8, 0, True)
+    theta = add_lora(pipe.transformer, 4, 8, 0)
+    recompute(pipe.transformer, 1)
     encoded = model(tiny).encoded
     trained = Model(pipe, theta, shapes.SIDE, 4, encoded=encoded)
     linear = pipe.transformer.transformer_blocks[0].attn.to_q.base_layer.weight

@@ -247,26 +247,41 @@ class Device(str):
     type = "cuda"
 
 
+WHOLE = [(0, 10), (0, 5), (1 / 4, 5), (1 / 2, 5), (3 / 4, 5), (1, 5)]  # both times of a group, one
+PARTS = [(0, 3), (0, 2), (0, 1), (1, 3), (1, 2), (1, 1)]
+
+
 @pytest.mark.parametrize(
-    ("checkpointing", "expected"), [(None, [10, 5, 10, 5, 3]), (False, [10, 5, 3])]
+    ("checkpointing", "memory", "tried"),
+    [
+        (None, 10, WHOLE[:1]),
+        (None, 5, WHOLE[:2]),
+        (None, 3, WHOLE[:4]),
+        (None, 1, WHOLE),
+        (None, 0.5, WHOLE + PARTS[:5]),
+        (None, 0, WHOLE + PARTS),
+        (False, 3, [*WHOLE[:2], (0, 3)]),
+        (True, 1, [(1, 10), (1, 5)]),
+    ],
 )
-def test_auto_takes_what_fits_in_memory(checkpointing, expected, tiny, tmp_path, monkeypatch):
-    """Both times of a group, one, and without recomputation first; then parts of a group."""
-    tried, decode = [], sd35.decode
+def test_auto_takes_what_fits_in_memory(checkpointing, memory, tried, tiny, tmp_path, monkeypatch):
+    """An image takes 1 without recomputation, and 0.2 if all blocks are recomputed."""
+    attempts, shares, decode = [], [], sd35.decode
 
     def small_memory(vae, latents):
-        tried.append(len(latents))
-        if len(latents) > 3:
+        attempts.append((shares[-1], len(latents)))
+        if len(latents) * (1 - 0.8 * shares[-1]) > memory + 1e-6:
             raise torch.OutOfMemoryError
         return decode(vae, latents)
 
     trainer = build(tiny, tmp_path, group_size=5, gradient_checkpointing=checkpointing)
     model = trainer.model
     monkeypatch.setattr(sd35, "decode", small_memory)
+    monkeypatch.setattr("sd35.run.recompute", lambda _, share: shares.append(share))
     monkeypatch.setattr(sd35.Model, "device", Device("cpu"))
-    assert fit_micro_batch(model, trainer.settings) == 3
-    assert tried == expected and model.images_per_pass == 3
-    assert model.pipe.transformer.gradient_checkpointing == (checkpointing is None)
+    with nullcontext() if memory else pytest.raises(torch.OutOfMemoryError):
+        assert fit_micro_batch(model, trainer.settings) == tried[-1][1] == model.images_per_pass
+    assert attempts == tried
     assert all(parameter.grad is None for parameter in model.theta)
 
 

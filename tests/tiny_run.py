@@ -132,7 +132,7 @@ def model(tiny, rank=4, alpha=8):
     pipe = load_pipeline(str(tiny), torch.float32)
     pipe.scheduler = make_scheduler("dpm++", 3.0)
     encoded = Encoder(pipe, shapes.TOKENS, torch.device("cpu"))([TEXT], {})
-    theta = add_lora(pipe.transformer, rank, alpha, 0, False)
+    theta = add_lora(pipe.transformer, rank, alpha, 0)
     model = Model(pipe, theta, shapes.SIDE, 4, encoded=encoded)
     perturb(model)
     return model
