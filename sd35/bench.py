@@ -18,7 +18,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -86,7 +85,7 @@ class Allocated(TorchDispatchMode):
         super().__init__()
         self.sizes: dict[StorageWeakRef, int] = {}  # in bytes
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None) -> Any:
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None) -> object:
         output = operator(*args, **(kwargs or {}))
         if not operator.is_view:
             parts = [x.untyped_storage() for x in tree_leaves(output) if isinstance(x, Tensor)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sd35.settings import UserError
 
@@ -54,17 +55,32 @@ def add_lora(transformer: nn.Module, rank: int, alpha: int, seed: int) -> list[n
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
+def is_saved(_: object, operator: Any, *args: Any, **__: Any) -> bool:
+    """Whether a recomputed block saves this operator's output: if it takes many FLOPs for its size.
+
+    Those are attention, and products with a matrix (n, m), n > m, as in the last layer of an MLP.
+    """
+    if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        n, m = args[-1].shape
+        return n > m
+    return "scaled_dot_product" in operator.name()
+
+
 def recompute(transformer: nn.Module, share: float) -> None:
     """Recompute the activations of this share of the blocks, 0 to 1, in the backward pass.
 
-    Such a block saves its inputs alone. They are the first blocks: when the backward pass comes to
-    them, the activations of the others are free again. The gradient stays the same.
+    Such a block saves its inputs, and the outputs that `is_saved` names. They are the first blocks:
+    when the backward pass comes to them, the other blocks' activations are free again. The gradient
+    stays the same.
     """
     blocks = transformer.transformer_blocks
     chosen = set(blocks[: math.ceil(share * len(blocks))])
+    saving = partial(create_selective_checkpoint_contexts, is_saved)
 
     def run(block: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
-        return checkpoint(block, *args, use_reentrant=False) if block in chosen else block(*args)
+        if block in chosen:
+            return checkpoint(block, *args, use_reentrant=False, context_fn=saving)
+        return block(*args)
 
     transformer.enable_gradient_checkpointing(run)
 

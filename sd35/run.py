@@ -274,9 +274,9 @@ def reward_device(device: torch.device) -> torch.device:
 def passes(settings: Settings) -> list[tuple[float, int]]:
     """What to try for a pass, fewest FLOPs first: the share of blocks recomputed, and images.
 
-    A pass must hold a whole group at one time, or else theta has a second forward, which costs as
-    much as recomputing all blocks. More of the group's K times only launch fewer kernels, and are
-    tried where nothing is recomputed. settings.gradient_checkpointing decides if it is not None.
+    A pass must hold a whole group at one time, or theta needs a second forward, which costs more
+    than recomputing all blocks. More of the group's K times in a pass only launch fewer kernels, so
+    they are not worth any recomputation. settings.gradient_checkpointing decides if it is not None.
     """
     m = settings.train_samples or settings.group_size
     whole = [k * m for k in range(settings.train_timesteps, 0, -1)]
@@ -288,7 +288,7 @@ def passes(settings: Settings) -> list[tuple[float, int]]:
 
 
 def fit_micro_batch(model: Model, settings: Settings) -> int:
-    """Find by trying which of `passes` fits in the GPU's memory, and return its images.
+    """Find by trying which of `passes` fits in the GPU's memory, and return its number of images.
 
     On a CPU it is a group without recomputation. Raises a RuntimeError if not one image fits.
     """
