@@ -264,7 +264,10 @@ def track(accelerator: Accelerator, metrics: dict[str, Any], image: np.ndarray |
 
 
 def reward_device(device: torch.device) -> torch.device:
-    """Where rewards run: the trainer's device, or the CPU beside a small GPU."""
+    """Where rewards run: the trainer's device, or the CPU beside a small GPU.
+
+    Their networks are in float32 on either, so scores differ by rounding alone.
+    """
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9
         return device if memory >= REWARD_ROOM else torch.device("cpu")

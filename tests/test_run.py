@@ -284,3 +284,11 @@ def test_a_run_begins_by_saying_what_it_does(tmp_path, capsys):
         said = capsys.readouterr().out
         assert f"pickscore: 8 groups of 16 a step, steps 3 to {steps}, into {tmp_path}" in said
         assert ("give --ema_steps 1" in said) == warned
+
+
+@pytest.mark.parametrize(("gb", "where"), [(8, "cpu"), (24, "cuda:0")])
+def test_rewards_run_on_the_cpu_beside_a_small_gpu(gb, where, monkeypatch):
+    properties = SimpleNamespace(total_memory=gb * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert str(run.reward_device(torch.device("cuda:0"))) == where
+    assert str(run.reward_device(torch.device("cpu"))) == "cpu"
