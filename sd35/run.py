@@ -266,7 +266,7 @@ def track(accelerator: Accelerator, metrics: dict[str, Any], image: np.ndarray |
 def reward_device(device: torch.device) -> torch.device:
     """Where rewards run: the trainer's device, or the CPU beside a small GPU.
 
-    Their networks are in float32 on either, so scores differ by rounding alone.
+    Networks are in float32 on either (but DeQA's), so that scores differ by rounding alone.
     """
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 1e9
