@@ -32,7 +32,14 @@ import rewards
 from sd35 import model as sd35
 from sd35 import prompts, report, run
 from sd35.gradient import backward_group_loss, combine_advantages, extremes
-from sd35.lora import LORA_FILE, add_lora, recompute, save_lora, start_from_lora
+from sd35.lora import (
+    LORA_FILE,
+    add_lora,
+    compile_blocks,
+    recompute,
+    save_lora,
+    start_from_lora,
+)
 from sd35.settings import Settings, UserError, learning_rate_at, parse, task_of
 
 Rewards = dict[str, tuple[float, rewards.Reward]]  # weight and function, by the reward's name
@@ -67,6 +74,8 @@ class Trainer:
         recompute(pipe.transformer, settings.gradient_checkpointing is not False)
         if settings.init_lora:
             start_from_lora(pipe, theta, settings.init_lora)
+        if settings.compile:
+            compile_blocks(pipe.transformer)
         images = int(settings.micro_batch_size.replace("auto", "0"))
         self.model = sd35.Model(pipe, theta, settings.resolution, images, accelerator.autocast)
         self.optimizer = torch.optim.AdamW(

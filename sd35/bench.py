@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgpo
-from sd35.lora import add_lora, int8_config, recompute
+from sd35.lora import add_lora, compile_blocks, int8_config, recompute
 from sd35.model import TIMES, TRAINING_NOISE, Encoded, load_pipeline, seeded
 from sd35.run import REWARD_ROOM, SHARES, Clock, fit_micro_batch, passes, run_script
 from sd35.settings import Settings, parse
@@ -292,14 +292,14 @@ def plain_group(
 
 
 @contextmanager
-def compiled(trainer: Trainer, backend: str = "inductor") -> Iterator[None]:
-    """Compile the transformer's blocks, each by itself: equal ones share what is compiled."""
-    # Kinds of block, with and without LoRA and gradients, make more than torch's limit of 8 graphs.
-    with torch._dynamo.config.patch(recompile_limit=64), ExitStack() as undo:
-        for block in trainer.model.pipe.transformer.transformer_blocks:
-            block.compile(backend=backend)
-            undo.callback(setattr, block, "_compiled_call_impl", None)
+def compiled(trainer: Trainer) -> Iterator[None]:
+    transformer = trainer.model.pipe.transformer
+    compile_blocks(transformer)
+    try:
         yield
+    finally:
+        for block in transformer.transformer_blocks:
+            block._compiled_call_impl = None
 
 
 PLAIN = {

@@ -85,6 +85,16 @@ def recompute(transformer: nn.Module, share: float) -> None:
     transformer.enable_gradient_checkpointing(run)
 
 
+def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> None:
+    """Compile each block by itself: equal blocks share what is compiled. Call it after add_lora.
+
+    diffusers' compile_repeated_blocks does the same, but refuses SD3Transformer2DModel.
+    """
+    for block in transformer.transformer_blocks:
+        # Kinds of block, with and without LoRA and gradients, make more than torch's 8 graphs.
+        block.compile(backend=backend, recompile_limit=64)
+
+
 @torch.no_grad()
 def start_from_lora(pipe: Any, theta: list[nn.Parameter], folder: str) -> None:
     """Give theta the values of the LoRA in a folder, whatever its alpha. Raises UserError."""

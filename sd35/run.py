@@ -41,7 +41,7 @@ SHARES = (0, 1 / 4, 1 / 2, 3 / 4, 1)
 FREE_TO_CHANGE = (
     "max_train_steps micro_batch_size gradient_checkpointing checkpointing_steps output_dir config "
     "checkpoints_total_limit resume_from_checkpoint validation_steps validation_prompts report_to "
-    "eval_reward eval_inference_steps push_to_hub hub_model_id print_settings"
+    "eval_reward eval_inference_steps push_to_hub hub_model_id print_settings compile"
 ).split()
 
 

@@ -127,6 +127,7 @@ class Settings:
     # Recompute all blocks in the backward pass, to save memory. By default auto decides how many.
     gradient_checkpointing: bool | None = None
     quantize: Literal["none", "int8"] = "none"  # Hold the frozen base in 8 bits.
+    compile: bool = False  # Compile the transformer's blocks. Its speed on a GPU is not measured.
 
     checkpointing_steps: int = 50  # Steps between checkpoints.
     checkpoints_total_limit: int = 3  # How many checkpoints to keep.

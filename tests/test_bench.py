@@ -37,15 +37,13 @@ def test_a_groups_gradient_is_that_of_autograd(tiny, tmp_path, recipe, micro_bat
 
 
 def test_blocks_are_compiled_inside_the_context_only(tiny, tmp_path):
-    """Even if the work fails. A step makes 14 graphs; after 8, torch would silently give up."""
+    """Even if the work fails."""
     trainer, *_ = group(tiny, tmp_path)
     blocks = trainer.model.pipe.transformer.transformer_blocks
     with pytest.raises(RuntimeError), bench.compiled(trainer):
         assert all(block._compiled_call_impl for block in blocks)
-        assert torch._dynamo.config.recompile_limit > 14
         raise RuntimeError
     assert not any(block._compiled_call_impl for block in blocks)
-    assert torch._dynamo.config.recompile_limit == 8
 
 
 class Reads(TorchDispatchMode):

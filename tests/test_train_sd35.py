@@ -5,6 +5,7 @@ import re
 import threading
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import own_rewards
@@ -41,7 +42,7 @@ OTHER = "green square"  # with an even number of letters, which TEXT has not
 def build(tiny, out, **changed):
     """A trainer whose theta, theta_old and saved average differ."""
     chosen = settings(tiny, out, **changed)
-    pipe = sd35.load_pipeline(str(tiny), torch.float32)
+    pipe = sd35.load_pipeline(str(tiny), torch.float32, chosen.quantize)
     trainer = train_sd35.Trainer(chosen, Accelerator(cpu=True), pipe, Interrupts().held)
     trainer.model.encoded = trainer.encoder([TEXT, OTHER], {})
     perturb(trainer.model)
@@ -150,6 +151,32 @@ def test_a_step_is_plain_autograd_through_eq_17(name, tiny, tmp_path, monkeypatc
     assert line["groups_not_finite"] == 0.5 * (name == "a group with a NaN")
     assert line["equal_groups"] == 0.5 * (name == "a group of equal rewards")
     assert all((p != q).any() for p, q in zip(before, trainer.model.theta, strict=True))
+
+
+@pytest.mark.parametrize(("recompute", "quantize"), [(True, "none"), (False, "int8")])
+def test_compiled_blocks_have_the_same_rollout_and_gradient(
+    recompute, quantize, tiny, tmp_path, monkeypatch
+):
+    """theta_old draws. A run takes more graphs than torch's limit, which is 4 here."""
+    if quantize == "int8":
+        pytest.importorskip("torchao")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = partial(train_sd35.compile_blocks, backend="aot_eager")  # needs no C++ compiler
+    monkeypatch.setattr(train_sd35, "compile_blocks", compiled)
+    chosen = {"gradient_checkpointing": recompute, "quantize": quantize, "num_inference_steps": 2}
+
+    def rollout_and_gradient(compile):
+        trainer = build(tiny, tmp_path, compile=compile, train_timesteps=1, **chosen)
+        latents = trainer.rollout(999, 0, TEXT)
+        trainer.backward_group(0, 0, 0, TEXT, latents, torch.tensor([-1.5, -0.5, 0.5, 1.5]))
+        return latents, torch.cat([p.grad.flatten() for p in trainer.model.theta])
+
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        plain, compiled = rollout_and_gradient(False), rollout_and_gradient(True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 4
+    for one, two in zip(plain, compiled, strict=True):
+        assert (one - two).norm() < 1e-5 * one.norm()
 
 
 def test_rollouts_are_by_theta_then_by_theta_old_or_offline_by_the_reference(tiny, tmp_path):
