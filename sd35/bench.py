@@ -1,7 +1,7 @@
 """What a step takes (memory, FLOPs, seconds), and what would make it faster.
 
     python -m sd35.bench plan       memory and FLOPs of SD3.5 Medium at these settings, counted
-    python -m sd35.bench step       seconds of a step by phase, and TFLOP/s
+    python -m sd35.bench step       seconds of a step by phase, TFLOP/s, and of its passes alone
     python -m sd35.bench plain      a step against a plain one; in float32, also against bf16
     python -m sd35.bench changes    what would make a step faster, and how far it moves the result
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dgpo
 from sd35.lora import add_lora, compile_blocks, int8_config, recompute
-from sd35.model import TIMES, TRAINING_NOISE, Encoded, load_pipeline, seeded
+from sd35.model import TIMES, TRAINING_NOISE, Encoded, Model, load_pipeline, seeded
 from sd35.run import REWARD_ROOM, SHARES, Clock, fit_micro_batch, passes, run_script
 from sd35.settings import Settings, parse
 from train_sd35 import Trainer, launch
@@ -243,20 +244,65 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    clock = Clock(device)
+    with clock("work"):
+        work()
+    return clock.seconds["work"]
+
+
+def bare_passes(model: Model, work: Callable[[], object]) -> Callable[[], None]:
+    """Call work(), and return its passes of transformer and decoder alone, forward and backward."""
+    transformer, decoder, calls, inputs = model.pipe.transformer, model.pipe.vae.decoder, [], {}
+
+    def note(network: nn.Module, args: tuple, kwargs: dict) -> None:
+        lora = next(layer for layer in transformer.modules() if isinstance(layer, LoraLayer))
+        by_reference = network is transformer and lora.disable_adapters
+        shapes = str([x.shape for x in (*args, *kwargs.values()) if torch.is_tensor(x)])
+        calls.append((network, by_reference, torch.is_grad_enabled(), shapes))
+        inputs[calls[-1]] = args, kwargs  # one input per kind of call, as all would fill the memory
+
+    hooks = [x.register_forward_pre_hook(note, with_kwargs=True) for x in (transformer, decoder)]
+    work()
+    for hook in hooks:
+        hook.remove()
+
+    def replay() -> None:
+        for by_reference, context in (False, nullcontext), (True, model.reference):
+            with context():
+                for call in [call for call in calls if call[1] is by_reference]:
+                    network, _, with_grad, _ = call
+                    autocast = model.autocast if network is transformer else nullcontext
+                    args, kwargs = inputs[call]
+                    with torch.set_grad_enabled(with_grad), autocast():
+                        output = network(*args, **kwargs)
+                    if with_grad:
+                        output[0].float().mean().backward()
+
+    return replay
+
+
 def step(settings: Settings) -> None:
-    """Time steps with a random reward. TFLOP/s are those of the plan, over all GPUs."""
+    """Time steps with a random reward, and their passes. TFLOP/s are the plan's, over all GPUs."""
     trainer, *_ = prepare(settings)
     trainer.rewards = {"random": (1.0, lambda images, prompts: torch.rand(len(images)))}
-    chosen = [{"prompt": TEXT}] * settings.prompts_per_step
-    rows = [trainer.take_step(chosen, i) for i in range(REPEATS + 1)]
+    chosen, rows = [{"prompt": TEXT}] * settings.prompts_per_step, []
+    replay = bare_passes(trainer.model, partial(trainer.take_step, chosen, 0))
+    replay()  # to warm up, like the first step
+    for i in range(1, REPEATS + 1):
+        rows.append(trainer.take_step(chosen, i))
+        rows[-1]["seconds/bare network passes"] = seconds(trainer.device, replay)
     is_medium = settings.pretrained_model_name_or_path == DEFAULT
     share = settings.gradient_checkpointing is not False  # as without auto
     work = step_tflop(settings, count_sizes(settings), share) if is_medium else {}
     for name in rows[0]:
         if "second" in name or name == "peak_memory_gb":
-            mean = sum(row[name] for row in rows[1:]) / REPEATS  # the first one warms up
+            median = np.median([row[name] for row in rows])
             count = work.get(name.removeprefix("seconds/"))
-            print(f"{mean:10.3f} {name}" + (f", {count / mean:.1f} TFLOP/s" if count else ""))
+            print(f"{median:10.3f} {name}" + (f", {count / median:.1f} TFLOP/s" if count else ""))
+    ratios = [row["seconds"] / row["seconds/bare network passes"] for row in rows]
+    least, median, most = np.quantile(ratios, [0, 0.5, 1])
+    print(f"{median:10.3f} times the bare passes, {least:.3f} to {most:.3f}")
 
 
 def plain_group(
@@ -323,23 +369,17 @@ def compare(changes: dict[str, Callable], settings: Settings) -> None:
         "train": partial(gradients, trainer, lambda: trainer.backward_group(0, 0, 0, TEXT, *group)),
     }
 
-    def seconds(work: Callable[[], object]) -> float:
-        clock = Clock(trainer.device)
-        with clock("work"):
-            work()
-        return clock.seconds["work"]
-
     print("| change | phase | times as fast | the result moves by | seconds at first |")
     print("|---" * 5 + "|")
     for (name, work), (title, change) in product(phases.items(), changes.items()):
         unchanged, ratios = work(), []
         try:
             with change(trainer):
-                first, moved = seconds(work), distance(work(), unchanged)
+                first, moved = seconds(trainer.device, work), distance(work(), unchanged)
             for _ in range(REPEATS):
-                slow = seconds(work)
+                slow = seconds(trainer.device, work)
                 with change(trainer):
-                    ratios.append(slow / seconds(work))
+                    ratios.append(slow / seconds(trainer.device, work))
             speed = "{1:.2f} [{0:.2f}, {2:.2f}]".format(*np.quantile(ratios, [0, 0.5, 1]))
             print(f"| {title} | {name} | {speed} | {moved:.1e} | {first:.1f} |", flush=True)
         except RuntimeError as error:  # this machine has no such kernel

@@ -1,11 +1,14 @@
 """What sd35.bench counts and measures, and the plain step that the trainer's is compared with."""
 
 import dataclasses
+from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import tiny_run
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd35 import bench
@@ -84,6 +87,34 @@ def test_without_a_model_the_weights_are_random_and_steps_are_timed(tmp_path, ca
     phases = sum(float(rows[f"seconds/{name}"][0]) for name in ("rollout", "decode", "train"))
     whole, images = (float(rows[name][0]) for name in ("seconds", "images_per_second"))
     assert phases <= whole + 0.002 and images == pytest.approx(12 / whole, rel=0.2)
+    bare, ratio = float(rows["seconds/bare"][0]), float(rows["times"][0])
+    assert ratio == pytest.approx(whole / bare, rel=0.2)
+
+
+@pytest.mark.parametrize("changed", [{"micro_batch_size": 3}, {"offline": True, "clip": 0}])
+def test_the_bare_passes_are_those_of_the_step_and_nothing_else(
+    changed, tiny, tmp_path, monkeypatch
+):
+    trainer, *_ = group(tiny, tmp_path, **changed)
+    pipe, passes, backward = trainer.model.pipe, Counter(), torch.Tensor.backward
+    lora = next(m for m in pipe.transformer.modules() if isinstance(m, LoraLayer))
+
+    def note(network, args, kwargs):
+        first = (*args, *kwargs.values())[0]
+        passes[network, lora.disable_adapters, torch.is_grad_enabled(), first.shape] += 1
+
+    def note_backward(loss):
+        passes["backward"] += 1
+        backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", note_backward)
+    for network in (pipe.transformer, pipe.vae.decoder):
+        network.register_forward_pre_hook(note, with_kwargs=True)
+    step = partial(trainer.take_step, [{"prompt": bench.TEXT}] * 3, 0)
+    replay, in_the_step = bench.bare_passes(trainer.model, step), dict(passes)
+    passes.clear()
+    replay()
+    assert passes == in_the_step and len(passes) > 4
 
 
 def test_a_comparison_prints_a_row_per_change_and_phase(tiny, tmp_path, capsys, monkeypatch):
