@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +121,36 @@ class Encoded:
 
 
 class Encoder:
-    """Text encoders that live on the CPU and visit the device one at a time.
+    """Text encoders that visit the device one at a time.
 
-    The transformer and the VAE leave it meanwhile, as T5-XXL alone takes 9.5 GB. One call moves 32
-    GB, which takes seconds: encode many steps' prompts at once, but not all, as each takes 3 MB.
+    The transformer and the VAE leave it meanwhile, as T5-XXL alone takes 9.5 GB. It and the larger
+    CLIP are freed afterwards, and read again by the next call. That takes seconds: encode many
+    steps' prompts at once, but not all, as each takes 3 MB.
     """
 
     def __init__(self, pipe: Any, length: int, device: torch.device):
         self.pipe, self.length, self.device = type(pipe)(**pipe.components), length, device
+        self.read: dict[str, Callable[[], nn.Module]] = {}
+        for name in ("text_encoder_2", "text_encoder_3"):
+            if network := getattr(pipe, name):
+                int8 = getattr(network.config, "quantization_config", None)
+                options = {"dtype": network.dtype, "quantization_config": int8}
+                load = type(network).from_pretrained
+                self.read[name] = partial(load, network.name_or_path, **options)
         pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None  # or it ran on the CPU
+
+    @contextmanager
+    def visit(self, name: str) -> Iterator[None]:
+        """A text encoder, if there is one, is on the device inside, and then freed."""
+        if name in self.read:
+            network = getattr(self.pipe, name) or self.read[name]()
+            network.to(self.device)
+            setattr(self.pipe, name, network)
+            del network
+        try:
+            yield
+        finally:
+            setattr(self.pipe, name, None)
 
     @torch.no_grad()
     def __call__(self, texts: list[str], known: dict[str, Encoded]) -> dict[str, Encoded]:
@@ -140,9 +162,9 @@ class Encoder:
         with offload_models(pipe.transformer, pipe.vae, device="cpu"):
             with offload_models(pipe.text_encoder, device=device):
                 clip_1 = [clip(text, device=device, clip_model_index=0) for text in new]
-            with offload_models(pipe.text_encoder_2, device=device):
+            with self.visit("text_encoder_2"):
                 clip_2 = [clip(text, device=device, clip_model_index=1) for text in new]
-            with offload_models(*filter(None, [pipe.text_encoder_3]), device=device):
+            with self.visit("text_encoder_3"):
                 last = [t5(text, device=device, max_sequence_length=length).cpu() for text in new]
 
         encoded = dict(known)
@@ -155,7 +177,7 @@ class Encoder:
     def too_long(self, texts: list[str]) -> list[str]:
         """The prompts that CLIP or T5 truncates, while a reward reads them whole."""
         limits = [(self.pipe.tokenizer, self.pipe.tokenizer_max_length)]
-        limits += [(self.pipe.tokenizer_3, self.length)] if self.pipe.text_encoder_3 else []
+        limits += [(self.pipe.tokenizer_3, self.length)] if "text_encoder_3" in self.read else []
         return [
             text
             for text in dict.fromkeys(texts)

@@ -1,7 +1,9 @@
 """The model as Algorithm 1 sees it, on a tiny untrained pipeline of SD3.5's classes."""
 
+import gc
 import json
 import shutil
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -151,19 +153,38 @@ def test_a_known_prompt_is_not_encoded_again(tiny):
 def test_only_one_network_is_on_the_device_while_prompts_are_encoded(tiny, monkeypatch):
     """The device is the CPU by another name; transformer and VAE are on it at first."""
     pipe = sd35.load_pipeline(str(tiny), torch.float32)
+    encoder = sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu", 0))
+    pipe = encoder.pipe  # which has the text encoders
     names = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
     there, at_work = {"transformer", "vae"}, []
 
     def watch(name, module):
         move = there.symmetric_difference_update  # each move is to the other place
         monkeypatch.setattr(module, "to", lambda device: move({name}))
-        module.register_forward_pre_hook(lambda *_: at_work.append((name, {*there})))
+        module.register_forward_pre_hook(lambda *_: at_work.append((name, not_freed())))
+
+    def not_freed():
+        return {name for name in there if getattr(pipe, name)}
 
     for name in names:
         watch(name, getattr(pipe, name))
-    sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu", 0))([TEXT], {})
+    encoder([TEXT], {})
     assert at_work == [(name, {name}) for name in names[2:] for _ in range(2)]
-    assert there == {"transformer", "vae"}
+    assert not_freed() == {"transformer", "vae"}
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_the_large_text_encoders_are_freed_and_read_again(quantize, tiny):
+    if quantize == "int8":
+        pytest.importorskip("torchao")
+    pipe = sd35.load_pipeline(str(tiny), torch.bfloat16, quantize)
+    networks = [weakref.ref(network) for network in (pipe.text_encoder_2, pipe.text_encoder_3)]
+    encode = sd35.Encoder(pipe, shapes.TOKENS, CPU)
+    first = encode([TEXT], {})[TEXT]
+    gc.collect()
+    assert [network() for network in networks] == [None, None]
+    again = encode([TEXT], {})[TEXT]
+    assert torch.equal(first.embeds, again.embeds) and torch.equal(first.pooled, again.pooled)
 
 
 @pytest.mark.parametrize(("length", "most"), [(4, 3), (99, 5)])
