@@ -35,7 +35,7 @@ from sd35.settings import Settings, UserError
 REWARD_ROOM = 12
 
 # The shares of the transformer's blocks that may be recomputed in the backward pass.
-SHARES = (0, 1 / 4, 1 / 2, 3 / 4, 1)
+SHARES = (0, 1 / 2, 1)
 
 # What a resumed run may change, because it does not change the steps.
 FREE_TO_CHANGE = (

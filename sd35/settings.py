@@ -122,8 +122,7 @@ class Settings:
     ema_decay: float = 0.9  # Decay of the saved average of weights, after its warm-up.
     ema_steps: int = 8  # Steps between updates of the saved average.
     ema_updates: int = 2  # Updates of the saved average each time. (num_batches_per_epoch)
-    # Of the transformer and the text encoders. Default: bf16 if the GPU has it.
-    mixed_precision: Literal["no", "bf16"] | None = None
+    mixed_precision: Literal["no", "bf16"] | None = None  # Default: bf16 if the GPU has it.
     # Recompute all blocks in the backward pass, to save memory. By default auto decides how many.
     gradient_checkpointing: bool | None = None
     quantize: Literal["none", "int8"] = "none"  # Hold the frozen base in 8 bits.

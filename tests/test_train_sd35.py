@@ -153,21 +153,15 @@ def test_a_step_is_plain_autograd_through_eq_17(name, tiny, tmp_path, monkeypatc
     assert all((p != q).any() for p, q in zip(before, trainer.model.theta, strict=True))
 
 
-@pytest.mark.parametrize(("recompute", "quantize"), [(True, "none"), (False, "int8")])
-def test_compiled_blocks_have_the_same_rollout_and_gradient(
-    recompute, quantize, tiny, tmp_path, monkeypatch
-):
+def test_compiled_blocks_have_the_same_rollout_and_gradient(tiny, tmp_path, monkeypatch):
     """theta_old draws. A run takes more graphs than torch's limit, which is 4 here."""
-    if quantize == "int8":
-        pytest.importorskip("torchao")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = partial(train_sd35.compile_blocks, backend="aot_eager")  # needs no C++ compiler
+    compiled = partial(train_sd35.compile_blocks, backend="eager")  # needs no C++ compiler
     monkeypatch.setattr(train_sd35, "compile_blocks", compiled)
-    chosen = {"gradient_checkpointing": recompute, "quantize": quantize, "num_inference_steps": 2}
 
     def rollout_and_gradient(compile):
-        trainer = build(tiny, tmp_path, compile=compile, train_timesteps=1, **chosen)
+        trainer = build(tiny, tmp_path, compile=compile, train_timesteps=1, num_inference_steps=2)
         latents = trainer.rollout(999, 0, TEXT)
         trainer.backward_group(0, 0, 0, TEXT, latents, torch.tensor([-1.5, -0.5, 0.5, 1.5]))
         return latents, torch.cat([p.grad.flatten() for p in trainer.model.theta])
@@ -274,7 +268,7 @@ class Device(str):
     type = "cuda"
 
 
-WHOLE = [(0, 10), (0, 5), (1 / 4, 5), (1 / 2, 5), (3 / 4, 5), (1, 5)]  # both times of a group, one
+WHOLE = [(0, 10), (0, 5), (1 / 2, 5), (1, 5)]  # both times of a group, one
 PARTS = [(0, 3), (0, 2), (0, 1), (1, 3), (1, 2), (1, 1)]
 
 
@@ -283,7 +277,7 @@ PARTS = [(0, 3), (0, 2), (0, 1), (1, 3), (1, 2), (1, 1)]
     [
         (None, 10, WHOLE[:1]),
         (None, 5, WHOLE[:2]),
-        (None, 3, WHOLE[:4]),
+        (None, 3, WHOLE[:3]),
         (None, 1, WHOLE),
         (None, 0.5, WHOLE + PARTS[:5]),
         (None, 0, WHOLE + PARTS),
