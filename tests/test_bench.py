@@ -1,9 +1,7 @@
-"""What sd35.bench counts and measures, and the plain step that the trainer's is compared with."""
+"""What sd35.bench measures, and the plain step that the trainer's is compared with."""
 
-import dataclasses
 from collections import Counter
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import tiny_run
@@ -11,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sd35 import bench
+from sd35 import bench, plan
 from sd35.settings import Settings, parse
 
 
@@ -71,14 +69,14 @@ def test_the_host_waits_a_few_times_per_group_and_not_per_micro_batch(tiny, tmp_
 
 def test_without_a_model_the_weights_are_random_and_steps_are_timed(tmp_path, capsys, monkeypatch):
     small = {"num_layers": 1, "num_attention_heads": 2, "caption_projection_dim": 128}
-    monkeypatch.setattr(bench, "MEDIUM", {**bench.MEDIUM, **small, "dual_attention_layers": [0]})
-    monkeypatch.setattr(bench, "VAE", {**bench.VAE, "block_out_channels": [32] * 4})
-    monkeypatch.setattr(bench, "REPEATS", 2)
+    monkeypatch.setattr(plan, "MEDIUM", {**plan.MEDIUM, **small, "dual_attention_layers": [0]})
+    monkeypatch.setattr(plan, "VAE", {**plan.VAE, "block_out_channels": [32] * 4})
+    monkeypatch.setattr(bench, "REPEATS", 1)
     line = tiny_run.flags(None, tmp_path, model=None, train_prompts=None, reward="pickscore")
     settings = parse(Settings, [*line, "--resolution", "32"])
     bench.step(settings)
     rows = {row.split()[1].strip(","): row.split() for row in capsys.readouterr().out.splitlines()}
-    work = bench.step_tflop(settings, bench.count_sizes(settings), 0)
+    work = plan.step_tflop(settings, plan.count_sizes(settings), 0)
     for phase in ("rollout", "decode", "train"):
         took, _, rate, unit = rows[f"seconds/{phase}"]
         assert unit == "TFLOP/s" and float(rate) == pytest.approx(
@@ -129,75 +127,6 @@ def test_a_comparison_prints_a_row_per_change_and_phase(tiny, tmp_path, capsys, 
     assert moved["CUDNN_ATTENTION", "train"] == "-" and float(moved["MATH", "train"]) < 1e-5
     assert float(moved["a plain step", "train"]) < 1e-4 < float(moved["bf16", "train"]) < 0.5
     assert float(moved["a plain step", "rollout"]) == 0
-
-
-def test_tflop_counts_products_and_convolutions_and_their_backward_pass():
-    layer, x = torch.nn.Linear(30, 20, bias=False), torch.randn(10, 30, requires_grad=True)
-    assert bench.tflop(lambda: layer(x)) == pytest.approx(2 * 10 * 30 * 20 / 1e12)
-    assert bench.tflop(lambda: layer(x).sum().backward()) == pytest.approx(6 * 10 * 30 * 20 / 1e12)
-    image, kernel = torch.randn(1, 3, 8, 8), torch.randn(5, 3, 3, 3)
-    convolution = bench.tflop(lambda: torch.nn.functional.conv2d(image, kernel, padding=1))
-    assert convolution == pytest.approx(2 * 5 * 8 * 8 * 3 * 3 * 3 / 1e12)
-
-
-def test_the_plan_counts_the_real_geometry(capsys, monkeypatch):
-    size = bench.count_sizes(parse(Settings, []))
-    monkeypatch.setattr(bench, "count_sizes", lambda settings: size)
-
-    def plan(*flags):
-        bench.plan(parse(Settings, list(flags)))
-        lines = capsys.readouterr().out.splitlines()
-        numbers = [line.split(maxsplit=1) for line in lines if line.startswith("   ")]
-        return {text.strip(): float(number) for number, text in numbers}, lines
-
-    plain, lines = plan()
-    int8, lines_int8 = plan("--quantize", "int8")
-    # T5-XXL's 4.762 G parameters, and of the LoRA's 24 bytes per parameter 16 remain beside it.
-    encoding = "together, while T5 encodes prompts, without transformer and VAE"
-    assert plain[encoding] == pytest.approx(2 * 4.762 + 16 * 0.0376, abs=0.01)
-    # What is not in its linear layers, T5's embedding of 32,128 words, stays in bf16.
-    embedding = 32128 * 4096 / 1e9
-    assert int8[encoding] == pytest.approx(4.762 + embedding + 16 * 0.0376, abs=0.01)
-    assert plain["transformer"] == pytest.approx(2 * 2.47, abs=0.01)
-    assert int8["transformer"] == pytest.approx(plain["transformer"] - size.linear, abs=0.02)
-    assert max(number for text, number in int8.items() if "together" in text and number < 9) < 5.5
-    assert [line for line in lines if " 8 GB" in line] == [
-        "       8 GB  too small; try --quantize int8"
-    ]
-    assert any(" 8 GB  1 images per pass, 0% of the blocks" in line for line in lines_int8)
-    for card, share, tflop in ((24, 100, 17609), (40, 50, 17161), (80, 0, 16546)):
-        choice = f"{card} GB  24 images per pass, {share}% of the blocks recomputed, {tflop} TFLOP"
-        assert any(choice in line for line in lines)
-
-    # Two FLOPs per parameter and token: an image token meets 12 d^2 per block, with d = 1536, and
-    # in 13 of the 24 blocks 4 d^2 more, a text token 12 d^2. Attention and the LoRA come on top.
-    parameters = 1024 * (24 * 12 + 13 * 4) * 1536**2 + 205 * 24 * 12 * 1536**2
-    products = 2 * parameters * 192 * 10 * 2 / 1e12  # images, steps, guidance
-    assert products < plain["rollout"] < 1.25 * products
-
-
-def test_the_plan_counts_the_passes_of_a_step():
-    settings = parse(Settings, ["--micro_batch_size", "4"])  # groups of 24
-    size = SimpleNamespace(reference=1.0, theta=2.0, backward={0: 3.0, 1: 5.0}, decode=0.5)
-
-    def tflop(share=1, **changed):
-        return bench.step_tflop(dataclasses.replace(settings, **changed), size, share)
-
-    whole, K = tflop(), settings.train_timesteps
-    # The reference, theta_old for the clip, theta for the gap of a group in parts, the backward.
-    assert whole["train"] == pytest.approx(192 * K * (1 + 2 + 2 + 5))
-    for m, U in ((8, 1), (12, 3), (24, 2)):
-        fewer = tflop(train_samples=m, updates_per_rollout=U)
-        assert fewer["train"] == pytest.approx(whole["train"] * U * m / 24)
-        assert {**fewer, "train": 0} == {**whole, "train": 0}
-    assert tflop(micro_batch_size="auto")["train"] == pytest.approx(192 * K * (1 + 2 + 5))
-    assert tflop(share=0)["train"] == pytest.approx(192 * K * (1 + 2 + 2 + 3))
-    assert tflop(bound=1.0) == whole  # it needs theta_old, which the clip has evaluated already
-    free, bounded = (tflop(clip=0.0, bound=bound)["train"] for bound in (0.0, 1.0))
-    assert bounded - free == pytest.approx(192 * K * 2.0)
-    assert tflop(clip=0.0, ema_reference=True)["train"] == bounded
-    guided = tflop(reference_guidance_scale=4.5)["train"]
-    assert guided - whole["train"] == pytest.approx(192 * K * 1.0)
 
 
 def test_an_unknown_command_prints_the_commands(monkeypatch, capsys):
