@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lab import worlds
-from lab.methods import Setting
+from lab.methods import METHODS, Setting
 
 Chosen = dict[str, Setting]  # by method, what the search has chosen in one world
 Changes = dict[str, Setting]  # by what is changed
@@ -26,14 +26,17 @@ def ablation(chosen: Chosen) -> Changes:
         "one update": {"updates_per_rollout": 1},
         "theta itself evaluated": {"average": None},
         "gate frozen (beta 0.001)": {"beta": 1e-3},
-        "AWM: no gate, no bound": {"method": "AWM", "bound": 0.0},
-        "DiffusionNFT, b = 0.1": {"method": "DiffusionNFT", "bound": 0.0, "beta": 0.1},
-        "DiffusionNFT, b = 1": {"method": "DiffusionNFT", "bound": 0.0, "beta": 1.0},
-        "GPO": {"method": "GPO", "bound": 0.0},
-        "Diffusion-SDPO": {"method": "Diffusion-SDPO", "bound": 0.0, "train_samples": None},
     }
     settings = {name: replace(best, **change) for name, change in changes.items()}
     return {name: one for name, one in settings.items() if name == "as chosen" or one != best}
+
+
+def one_setting(chosen: Chosen) -> Changes:
+    """All methods but Flow-GRPO at one setting: that of bounded DGPO, its number of samples too."""
+    best = chosen["Bounded DGPO"]
+    bounds = {name: best.bound * (name == "Bounded DGPO") for name in METHODS}
+    settings = {name: replace(best, method=name, bound=bound) for name, bound in bounds.items()}
+    return {name: one for name, one in settings.items() if name != "Flow-GRPO"}
 
 
 def extremes(chosen: Chosen) -> Changes:
@@ -96,6 +99,9 @@ class Sweep(NamedTuple):
     followed: float = worlds.FOLLOWED
 
 
-SWEEPS = {sweep.__name__: Sweep(sweep) for sweep in (ablation, extremes, clip, groups, variants)}
+SWEEPS = {
+    sweep.__name__: Sweep(sweep)
+    for sweep in (ablation, one_setting, extremes, clip, groups, variants)
+}
 SWEEPS["beta"] = Sweep(beta, share=1.0, followed=math.inf)
 SWEEPS["transfer"] = Sweep(dict, ("ring-128", "ring-512"), "ring-32", share=1.0)  # unchanged
