@@ -30,7 +30,7 @@ Reports = dict[str, ByMethod]  # by world
 def style(method: str) -> dict[str, Any]:
     """The look of a method's line, the same in all figures."""
     i = [*METHODS, *VARIANTS].index(method)
-    look = {"color": COLORS[i % 8], "ls": LINES[i % 3], "marker": MARKERS[i % 8]}
+    look = {"color": COLORS[i % 8], "ls": LINES[i % 3], "marker": MARKERS[(i + 3 * (i // 8)) % 8]}
     return {**look, "lw": 2, "ms": 8, "markevery": 12}
 
 
