@@ -110,10 +110,12 @@ def count_sizes(settings: Settings) -> SimpleNamespace:
         size.memory, size.backward = {}, {}  # by the share of blocks that are recomputed
         for share in SHARES:
             recompute(transformer, share)
-            with Allocated() as allocated:
-                _output = forward()  # holds the graph
-            size.memory[share] = allocated.gigabytes()
-            size.backward[share] = tflop(lambda: forward().sum().backward())
+            with FlopCounterMode(display=False) as counter:
+                with Allocated() as allocated:
+                    output = forward()
+                size.memory[share] = allocated.gigabytes()  # the graph's
+                output.sum().backward()
+            size.backward[share] = counter.get_total_flops() / 1e12
     # In the backward pass, one block at a time has all its activations again.
     peak = size.memory[1] + size.memory[0] / len(transformer.transformer_blocks)
     size.memory = {share: max(memory, peak) for share, memory in size.memory.items()}

@@ -161,7 +161,8 @@ def test_compiled_blocks_have_the_same_rollout_and_gradient(tiny, tmp_path, monk
     monkeypatch.setattr(train_sd35, "compile_blocks", compiled)
 
     def rollout_and_gradient(compile):
-        trainer = build(tiny, tmp_path, compile=compile, train_timesteps=1, num_inference_steps=2)
+        few = {"train_timesteps": 1, "num_inference_steps": 1, "kl": 0.0, "micro_batch_size": 4}
+        trainer = build(tiny, tmp_path, compile=compile, **few)
         latents = trainer.rollout(999, 0, TEXT)
         trainer.backward_group(0, 0, 0, TEXT, latents, torch.tensor([-1.5, -0.5, 0.5, 1.5]))
         return latents, torch.cat([p.grad.flatten() for p in trainer.model.theta])
