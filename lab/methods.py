@@ -10,17 +10,18 @@ how far theta has moved. Up to a constant, the loss of one sample is
 
     2 A e.d + c ||d||^2   with   c = A                     AWM, and DGPO inside its gate
                                  c = A + bound max(-A, 0)  bounded DGPO, inside its gate
-                                 c = clip * b              DiffusionNFT, before a division
+                                 c = clip * b              DiffusionNFT, before a division (see nft)
 
 The first term is common to all, and the only one at theta = theta_old. The second decides what
 happens to a bad sample, A < 0, once theta moves. With c < 0 the loss is a concave parabola and
 falls without end; with c > 0 it is convex, and its minimum is a finite target. A gate, -log sigmoid
-of beta times the gap, also ends the fall, but late: it can still lose 2 log(2) / beta. DGPO has one
-gate for a group, Diffusion-DPO and GPO one for each pair. Linear-DPO's gate is a line, and
-ThermoDPO's has a third rival that keeps the winner where it is. CRD and PAR regress the change of a
-sample's loss on its advantage, so that its pull ends where the residual is zero. Flow-GRPO and
-V-GRPO have A rho, where rho = p_theta / p_old is positive: a bad sample stops counting once it has
-become unlikely. lab/results/family.png draws them all.
+of beta times the gap, also ends the fall, but late: the loss of a pair's bad sample can still fall
+by 4 log(2) / beta. DGPO has one gate for a group, Diffusion-DPO and GPO one for each pair.
+Linear-DPO's gate is a line, and ThermoDPO's has a third term, the winner's own loss, which takes
+over when it is the largest. CRD and PAR regress the change of a sample's loss on its advantage: the
+push ends where the residual is zero. Flow-GRPO and V-GRPO have A rho, where rho = p_theta / p_old
+is positive: a bad sample stops counting once it has become unlikely. lab/results/family.png draws
+them all.
 """
 
 from __future__ import annotations
@@ -96,18 +97,20 @@ class Batch(NamedTuple):
 # DGPO's gradient is beta sigmoid(-beta gap) sum_i A_i grad L_i. As beta goes to 0 the gate freezes
 # at 1/2, and the loss over beta becomes half of AWM's. So AWM is DGPO without its gate.
 #
-# With `kl` it is RVM (arXiv:2608.23664), whose update is A (v - v*) + anchor (v - v_ref), and with
-# kl = 1 and the raw reward R for A it is RAM (arXiv:2605.10759): ||v - sg[v_ref + R (v* - v)]||^2.
+# With `kl` it is RVM (arXiv:2608.23664), whose update is A (v - v*) + anchor (v - v_ref). With kl =
+# 1, and the raw reward R in place of A, it is RAM (arXiv:2605.10759): ||v - sg[v_ref + R (v* -
+# v)]||^2.
 def awm(batch: Batch, setting: Setting) -> Tensor:
     return (batch.advantages * batch.loss).mean()
 
 
-# DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117): denoise in two directions around theta_old.
-# A reward in [0, 1], r = 1/2 + A / (2c) with A clipped at c, 5 as published, says how good a sample
+# DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117): denoise in two directions around theta_old. A
+# reward in [0, 1], r = 1/2 + A / (2c) with A clipped at c, 5 as published, says how good a sample
 # is. With v+- = v_old +- b (v - v_old), the loss c/b [r ||v+ - v*||^2 + (1 - r) ||v- - v*||^2] is
-# c/b [||e||^2 + 2 (2r - 1) b e.d + b^2 ||d||^2] = 2 A e.d + c b ||d||^2 up to a constant. So c does
-# what b does, and clips A. The method compares images instead, x0 = x_t - t v, and divides each
-# square by its own mean error, detached.
+# c/b [||e||^2 + 2 (2r - 1) b e.d + b^2 ||d||^2] = 2 A e.d + c b ||d||^2 up to a constant. Here c
+# does what b does, and clips A. The method, however, compares images, x0 = x_t - t v, and divides
+# each square by its own mean error, detached. The minimum for one x0 and eps is then at v_old -
+# sign(A) e / b, whatever c.
 def nft(batch: Batch, setting: Setting, eps: float = 1e-5) -> Tensor:
     b, clip = setting.beta, setting.advantage_clip
     r = 0.5 + batch.advantages.clamp(-clip, clip) / (2 * clip)
@@ -149,19 +152,20 @@ def gpo(batch: Batch, setting: Setting) -> Tensor:
     return (losses.sum((1, 2)) / wins.sum((1, 2)).clamp(min=1)).mean() / setting.beta
 
 
-# Linear-DPO (arXiv:2605.21123): let x be how far the winner has fallen behind the loser since
-# theta_old, an EMA of theta. Diffusion-DPO's gate is sigmoid(beta x / 2) at the reference; this one
-# is a line, 0.2 beta x + 1/2, cut at 0 and 1. To first order in x it is that of 1.6 beta.
+# Linear-DPO (arXiv:2605.21123): let x be how far the winner has fallen behind the loser.
+# Diffusion-DPO's gate is sigmoid(beta x / 2), with x measured from the reference. This one is a
+# line, 0.2 beta x + 1/2, cut at 0 and 1, with x measured from theta_old, an EMA of theta. To first
+# order in x, this gate is Diffusion-DPO's at 1.6 beta.
 def linear_dpo(batch: Batch, setting: Setting) -> Tensor:
     loser, winner = (batch.loss - batch.loss_old).unbind(1)
     gate = (0.2 * setting.beta * (winner - loser).detach() + 0.5).clamp(0, 1)
     return (gate * (winner - loser)).mean() / 2
 
 
-# ThermoDPO (arXiv:2608.20011, its weighted form, tau in proportion to t): Diffusion-DPO's loss is
-# tau log(1 + exp(x / tau)), the winner against the loser. A third term in the sum, whose energy is
-# the winner's own loss, anchors it: where that term is the largest, the gradient is that of
-# supervised learning on the winner, and the loser is let go.
+# ThermoDPO (arXiv:2608.20011, its weighted form, tau in proportion to t): let x be (L_w - L_w^ref)
+# - (L_l - L_l^ref). Diffusion-DPO's loss is tau / 2 log(1 + exp(x / tau)) with tau = 2 / beta; here
+# tau = 2 t / beta. ThermoDPO adds a third term to the sum, exp((1 - t)^2 L_w / tau). Where it is
+# the largest, the gradient is that of supervised learning on the winner, and the loser is let go.
 def thermo_dpo(batch: Batch, setting: Setting) -> Tensor:
     (loser, winner), t = (batch.loss - batch.loss_ref).unbind(1), batch.t[:, 0]
     tau = 2 * t / setting.beta
@@ -171,9 +175,10 @@ def thermo_dpo(batch: Batch, setting: Setting) -> Tensor:
 
 
 # CRD, centred reward distillation (arXiv:2603.14128): by Eq. 10 of DGPO, beta (L_old - L) is the
-# reward up to a constant of the prompt. Centred over the group, it is regressed on A, where Z(c)
-# cancels, too. The gradient is (A - centred reward) grad L: a residual in place of DGPO's gate. As
-# released, the centre is a constant; the division of each L by its own error is left out.
+# reward up to a constant of the prompt. It is centred over the group, so that Z(c) cancels, and
+# regressed on A. The gradient is (A - centred reward) grad L: a residual in place of DGPO's gate.
+# As in the released code, no gradient flows through the centre. Its division of each L by its own
+# error is left out here.
 def crd(batch: Batch, setting: Setting) -> Tensor:
     reward = setting.beta * (batch.loss_old - batch.loss)
     residual = batch.advantages - (reward - reward.detach().mean(1, keepdim=True))
@@ -183,7 +188,8 @@ def crd(batch: Batch, setting: Setting) -> Tensor:
 # PAR, proximal advantage regression (arXiv:2602.04663, known here from its abstract and notes on
 # it): the ELBO stands for the likelihood, log rho = beta (L_old - L). With rho held constant, the
 # loss is rho (A - log rho)^2 / 2. Its gradient, rho (A - log rho) grad L, is also that of the
-# paper's PEPG: the two are one method. Their EPG has A alone: it is V-GRPO without a clip.
+# paper's PEPG: the two are one method. The paper's EPG has the gradient rho A grad L, which is that
+# of V-GRPO without a clip.
 def par(batch: Batch, setting: Setting) -> Tensor:
     log_rho = setting.beta * (batch.loss_old - batch.loss)
     residual = batch.advantages - log_rho
@@ -191,7 +197,7 @@ def par(batch: Batch, setting: Setting) -> Tensor:
 
 
 # V-GRPO (arXiv:2604.23380): GRPO's clipped ratio (see Flow-GRPO below) with the same ELBO, a group
-# sharing t and eps, and t stratified. Its soft clip of A and its weights of L are left out.
+# sharing t and eps, and t stratified. The paper's soft clip of A and weights of L are left out.
 def v_grpo(batch: Batch, setting: Setting) -> Tensor:
     log_probs = -setting.beta * batch.loss, -setting.beta * batch.loss_old
     return flow_grpo_loss(*log_probs, batch.advantages, setting.clip) / setting.beta

@@ -56,9 +56,10 @@ def add_lora(transformer: nn.Module, rank: int, alpha: int, seed: int) -> list[n
 
 
 def is_saved(_: object, operator: Any, *args: Any, **__: Any) -> bool:
-    """Whether a recomputed block saves this operator's output: if it takes many FLOPs for its size.
+    """Whether a recomputed block saves this operator's output, which takes many FLOPs for its size.
 
-    Those are attention, and products with a matrix (n, m), n > m, as in the last layer of an MLP.
+    True for attention, and for products whose output is smaller than their input, as in the last
+    layer of an MLP.
     """
     if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
         n, m = args[-1].shape
@@ -71,7 +72,8 @@ def recompute(transformer: nn.Module, share: float) -> None:
 
     Such a block saves its inputs, and the outputs that `is_saved` names. They are the first blocks:
     when the backward pass comes to them, the other blocks' activations are free again. The gradient
-    stays the same.
+    stays the same. With --compile, only attention's outputs are saved: inductor computes products
+    by other operators.
     """
     blocks = transformer.transformer_blocks
     chosen = set(blocks[: math.ceil(share * len(blocks))])

@@ -123,7 +123,7 @@ class Encoded:
 class Encoder:
     """Text encoders that visit the device one at a time.
 
-    The transformer and the VAE leave it meanwhile, as T5-XXL alone takes 9.5 GB. It and the larger
+    The transformer and the VAE leave it meanwhile, as T5-XXL alone takes 9.5 GB. T5 and the larger
     CLIP are freed afterwards, and read again by the next call. That takes seconds: encode many
     steps' prompts at once, but not all, as each takes 3 MB.
     """
@@ -141,7 +141,7 @@ class Encoder:
 
     @contextmanager
     def visit(self, name: str) -> Iterator[None]:
-        """A text encoder, if there is one, is on the device inside, and then freed."""
+        """Put a text encoder, if the pipeline has it, on the device; free it at the end."""
         if name in self.read:
             network = getattr(self.pipe, name) or self.read[name]()
             network.to(self.device)
@@ -151,6 +151,7 @@ class Encoder:
             yield
         finally:
             setattr(self.pipe, name, None)
+            torch.cuda.empty_cache()  # which does nothing without a GPU
 
     @torch.no_grad()
     def __call__(self, texts: list[str], known: dict[str, Encoded]) -> dict[str, Encoded]:

@@ -180,7 +180,7 @@ def plan(settings: Settings) -> None:
     share, n = settings.gradient_checkpointing is not False, settings.max_train_steps
     work = step_tflop(settings, size, share)
     work["together"] = sum(work.values())
-    print("TFLOP by phase, with a group in one pass, recomputing:")
+    print(f"TFLOP by phase, {'recomputing all blocks' if share else 'without recomputation'}:")
     for name, count in work.items():
         print(f"{count:8.0f}  {name}")
     for rate, card in (400, "an H100 at best"), (70, "a card of 24 GB, perhaps"):

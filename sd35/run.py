@@ -293,7 +293,8 @@ def passes(settings: Settings) -> list[tuple[float, int]]:
 def fit_micro_batch(model: Model, settings: Settings) -> int:
     """Find by trying which of `passes` fits in the GPU's memory, and return its number of images.
 
-    On a CPU it is a group without recomputation. Raises a RuntimeError if not one image fits.
+    Without CUDA nothing is tried: it is a group, recomputed only if the settings say so. Raises a
+    RuntimeError if not one image fits.
     """
     device, choices = model.device, passes(settings)
 

@@ -123,7 +123,7 @@ class Settings:
     ema_steps: int = 8  # Steps between updates of the saved average.
     ema_updates: int = 2  # Updates of the saved average each time. (num_batches_per_epoch)
     mixed_precision: Literal["no", "bf16"] | None = None  # Default: bf16 if the GPU has it.
-    # Recompute all blocks in the backward pass, to save memory. By default auto decides how many.
+    # Recompute all blocks in the backward pass. Default: all, or as few as fit if the size is auto.
     gradient_checkpointing: bool | None = None
     quantize: Literal["none", "int8"] = "none"  # Hold the frozen base in 8 bits.
     compile: bool = False  # Compile the transformer's blocks. Its speed on a GPU is not measured.
