@@ -38,7 +38,7 @@ COMPARED |= {
     "words-2": (*TINY[:3], "Diffusion-DPO", *VARIANTS),
     "shapes": (*TINY, "Diffusion-DPO", "DGPO, bounded pairs"),
 }
-BEST_OF_NEW = ("Linear-DPO", "ThermoDPO")  # by their results in ring-2
+BEST_OF_NEW = ("Linear-DPO", "ThermoDPO")  # by their results in 2-D
 COMPARED |= dict.fromkeys(
     ("words-3", "words-4"), (*BEST_OF_NEW, "DGPO", "Flow-GRPO", "Diffusion-DPO")
 )
