@@ -106,7 +106,6 @@ def count_sizes(settings: Settings) -> SimpleNamespace:
         add_lora(transformer, settings.rank, settings.lora_alpha, settings.seed)
         size.lora = count(transformer) - size.transformer
         transformer.to(dtype)  # as under autocast, but for some copies in float32
-        size.theta = tflop(forward)
         size.memory, size.backward = {}, {}  # by the share of blocks that are recomputed
         for share in SHARES:
             recompute(transformer, share)
@@ -114,6 +113,7 @@ def count_sizes(settings: Settings) -> SimpleNamespace:
                 with Allocated() as allocated:
                     output = forward()
                 size.memory[share] = allocated.gigabytes()  # the graph's
+                size.theta = counter.get_total_flops() / 1e12
                 output.sum().backward()
             size.backward[share] = counter.get_total_flops() / 1e12
     # In the backward pass, one block at a time has all its activations again.

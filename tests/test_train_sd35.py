@@ -153,8 +153,10 @@ def test_a_step_is_plain_autograd_through_eq_17(name, tiny, tmp_path, monkeypatc
     assert all((p != q).any() for p, q in zip(before, trainer.model.theta, strict=True))
 
 
-def test_compiled_blocks_have_the_same_rollout_and_gradient(tiny, tmp_path, monkeypatch):
-    """theta_old draws. A run takes more graphs than torch's limit, which is 4 here."""
+def test_compiled_blocks_have_the_same_rollout_and_gradient(tmp_path, monkeypatch):
+    """theta_old draws. A run takes more graphs than torch's limit, which is 2 here."""
+    tiny = tmp_path / "of one block"
+    shapes.build(width=32, layers=1).save_pretrained(tiny)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = partial(train_sd35.compile_blocks, backend="eager")  # needs no C++ compiler
@@ -167,9 +169,9 @@ def test_compiled_blocks_have_the_same_rollout_and_gradient(tiny, tmp_path, monk
         trainer.backward_group(0, 0, 0, TEXT, latents, torch.tensor([-1.5, -0.5, 0.5, 1.5]))
         return latents, torch.cat([p.grad.flatten() for p in trainer.model.theta])
 
-    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         plain, compiled = rollout_and_gradient(False), rollout_and_gradient(True)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2
     for one, two in zip(plain, compiled, strict=True):
         assert (one - two).norm() < 1e-5 * one.norm()
 
