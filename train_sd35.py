@@ -29,17 +29,10 @@ from tqdm import tqdm
 
 import dgpo
 import rewards
+from sd35 import lora, prompts, report, run
 from sd35 import model as sd35
-from sd35 import prompts, report, run
+from sd35.encoder import Encoder
 from sd35.gradient import backward_group_loss, combine_advantages, extremes
-from sd35.lora import (
-    LORA_FILE,
-    add_lora,
-    compile_blocks,
-    recompute,
-    save_lora,
-    start_from_lora,
-)
 from sd35.settings import Settings, UserError, learning_rate_at, parse, task_of
 
 Rewards = dict[str, tuple[float, rewards.Reward]]  # weight and function, by the reward's name
@@ -65,17 +58,17 @@ class Trainer:
         self.done, self.between_steps = 0, False
         self.metrics: dict[str, Any] = {}  # of a step, until they are written
         self.times = sd35.trained_times(settings)
-        self.encoder = sd35.Encoder(pipe, settings.max_sequence_length, self.device)
+        self.encoder = Encoder(pipe, settings.max_sequence_length, self.device)
 
         pipe.scheduler = sd35.make_scheduler(settings.sampler, settings.flow_shift)
         pipe.transformer.to(self.device)
         pipe.vae.to(self.device)
-        theta = add_lora(pipe.transformer, settings.rank, settings.lora_alpha, settings.seed)
-        recompute(pipe.transformer, settings.gradient_checkpointing is not False)
+        theta = lora.add_lora(pipe.transformer, settings.rank, settings.lora_alpha, settings.seed)
+        lora.recompute(pipe.transformer, settings.gradient_checkpointing is not False)
         if settings.init_lora:
-            start_from_lora(pipe, theta, settings.init_lora)
+            lora.start_from_lora(pipe, theta, settings.init_lora)
         if settings.compile:
-            compile_blocks(pipe.transformer)
+            lora.compile_blocks(pipe.transformer)
         images = int(settings.micro_batch_size.replace("auto", "0"))
         self.model = sd35.Model(pipe, theta, settings.resolution, images, accelerator.autocast)
         self.optimizer = torch.optim.AdamW(
@@ -94,10 +87,8 @@ class Trainer:
     def load_rewards(self, flag: str) -> Rewards:
         """The rewards of --reward or --eval_reward, loaded in their thread."""
         models = dict(pair.split("=", 1) for pair in self.settings.reward_model)
-        device, weights = (
-            run.reward_device(self.device),
-            rewards.parse(getattr(self.settings, flag)),
-        )
+        device = run.reward_device(self.device)
+        weights = rewards.parse(getattr(self.settings, flag))
         loading = {
             name: self.reward_thread.submit(rewards.load, name, device, models.get(name))
             for name in weights
@@ -342,7 +333,7 @@ def train(settings: Settings) -> None:
     sd35.trained_times(settings)  # to find a mistake before the model is loaded
     training, validation = read_prompts(settings)
     state = run.open_folder(settings)
-    if state and state["step"] >= settings.max_train_steps and (out / LORA_FILE).exists():
+    if state and state["step"] >= settings.max_train_steps and (out / lora.LORA_FILE).exists():
         print(f"nothing to do: the run in {out} has done {state['step']} steps")
         return
 
@@ -408,9 +399,9 @@ def train(settings: Settings) -> None:
 
     if main_process:
         with model.saved_average():
-            save_lora(pipe, out)
+            lora.save_lora(pipe, out)
         report.write_card(settings, out)
-        print(f"wrote {out / LORA_FILE}")
+        print(f"wrote {out / lora.LORA_FILE}")
     accelerator.end_training()
     if main_process and settings.push_to_hub:
         report.upload(settings)

@@ -27,6 +27,7 @@ from lab.methods import Setting
 from lab.protocol import Diverged, Evaluation, Goal, Plan, Range, Run, follow
 from sd35 import gradient, lora, prompts
 from sd35 import model as sd35
+from sd35.encoder import Encoder
 from sd35.settings import Settings, UserError, learning_rate_at, parse
 
 SDE_NOISE, EVALUATION = 5, 6  # what a seed is for, after sd35.model's five
@@ -99,7 +100,7 @@ class Training:
         self.setting, self.settings = setting, dataclasses.replace(settings_of(world), **changed)
         settings, self.log_probs, self.seconds = self.settings, {}, 0.0
         pipe = sd35.load_pipeline(settings.pretrained_model_name_or_path, torch.float32)
-        encode = sd35.Encoder(pipe, settings.max_sequence_length, torch.device("cpu"))
+        encode = Encoder(pipe, settings.max_sequence_length, torch.device("cpu"))
         pipe.scheduler = sd35.make_scheduler(settings.sampler, settings.flow_shift)
         theta = lora.add_lora(pipe.transformer, settings.rank, settings.lora_alpha, seed)
         decay = settings.adam_weight_decay

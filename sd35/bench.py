@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dgpo
+from sd35.encoder import Encoded
 from sd35.lora import compile_blocks, int8_config
-from sd35.model import TIMES, TRAINING_NOISE, Encoded, Model, load_pipeline, seeded
+from sd35.model import TIMES, TRAINING_NOISE, Model, load_pipeline, seeded
 from sd35.plan import DEFAULT, count_sizes, plan, random_pipeline, step_tflop
 from sd35.run import Clock, fit_micro_batch, run_script
 from sd35.settings import Settings, parse

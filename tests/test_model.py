@@ -1,9 +1,5 @@
 """The model as Algorithm 1 sees it, on a tiny untrained pipeline of SD3.5's classes."""
 
-import gc
-import json
-import shutil
-import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -122,77 +118,6 @@ def test_the_trained_times_are_those_of_the_rollout_above_t_min():
     assert (1000 * times).tolist() == [999, 963, 922, 874, 817, 749, 666]  # what the model gets
     with pytest.raises(UserError, match="--train_timesteps 4: only 3 of the rollout's 10 times"):
         sd35.trained_times(parse(Settings, ["--t_min", "0.9"]))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, "without T5"])
-def test_prompts_are_encoded_as_by_encode_prompt_to_the_bit(kind, tiny, tmp_path):
-    texts, folder = ["", TEXT, "a blue square and unknown words, which are cut off"], tiny
-    if kind == "without T5":  # as in the pipeline that diffusers loads without it
-        folder, kind = shutil.copytree(tiny, tmp_path / "model"), torch.float32
-        index = json.loads((folder / "model_index.json").read_text())
-        index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-        (folder / "model_index.json").write_text(json.dumps(index))
-    pipe = sd35.load_pipeline(str(folder), kind)
-    settings = {"do_classifier_free_guidance": False, "max_sequence_length": shapes.TOKENS}
-    expected = {text: pipe.encode_prompt(text, text, text, **settings) for text in texts}
-    prompts = sd35.Encoder(pipe, shapes.TOKENS, CPU)(texts, {})
-    for text, (embeds, _, pooled, _) in expected.items():
-        assert embeds.dtype == kind and prompts[text].embeds.dtype == torch.float32
-        assert torch.equal(prompts[text].embeds, embeds.float())
-        assert torch.equal(prompts[text].pooled, pooled.float())
-
-
-def test_a_known_prompt_is_not_encoded_again(tiny):
-    encode = sd35.Encoder(sd35.load_pipeline(str(tiny), torch.float32), shapes.TOKENS, CPU)
-    one = encode([TEXT], {})
-    both = encode(["blue square", TEXT, TEXT], one)
-    assert list(both) == ["", "blue square", TEXT] and both[TEXT] is one[TEXT]
-
-
-def test_only_one_network_is_on_the_device_while_prompts_are_encoded(tiny, monkeypatch):
-    """The device is the CPU by another name; transformer and VAE are on it at first."""
-    pipe = sd35.load_pipeline(str(tiny), torch.float32)
-    encoder = sd35.Encoder(pipe, shapes.TOKENS, torch.device("cpu", 0))
-    pipe = encoder.pipe  # which has the text encoders
-    names = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
-    there, at_work = {"transformer", "vae"}, []
-
-    def watch(name, module):
-        move = there.symmetric_difference_update  # each move is to the other place
-        monkeypatch.setattr(module, "to", lambda device: move({name}))
-        module.register_forward_pre_hook(lambda *_: at_work.append((name, not_freed())))
-
-    def not_freed():
-        return {name for name in there if getattr(pipe, name)}
-
-    for name in names:
-        watch(name, getattr(pipe, name))
-    encoder([TEXT], {})
-    assert at_work == [(name, {name}) for name in names[2:] for _ in range(2)]
-    assert not_freed() == {"transformer", "vae"}
-
-
-@pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_the_large_text_encoders_are_freed_and_read_again(quantize, tiny):
-    if quantize == "int8":
-        pytest.importorskip("torchao")
-    pipe = sd35.load_pipeline(str(tiny), torch.bfloat16, quantize)
-    networks = [weakref.ref(network) for network in (pipe.text_encoder_2, pipe.text_encoder_3)]
-    encode = sd35.Encoder(pipe, shapes.TOKENS, CPU)
-    first = encode([TEXT], {})[TEXT]
-    gc.collect()
-    assert [network() for network in networks] == [None, None]
-    again = encode([TEXT], {})[TEXT]
-    assert torch.equal(first.embeds, again.embeds) and torch.equal(first.pooled, again.pooled)
-
-
-@pytest.mark.parametrize(("length", "most"), [(4, 3), (99, 5)])
-def test_prompts_that_t5_or_clip_cut_are_told(length, most, tiny):
-    """T5 takes one token for the end, and the tiny CLIP two of its seven for both ends."""
-    encoder = sd35.Encoder(sd35.load_pipeline(str(tiny), torch.float32), length, CPU)
-    whole, cut = "red " * most, "red " * (most + 1)
-    assert encoder.too_long([whole, cut, cut]) == [cut]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "{}/nowhere", "{}"])

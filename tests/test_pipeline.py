@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import rewards
+from sd35.encoder import Encoder
 from sd35.lora import add_lora, save_lora
-from sd35.model import Encoder, load_pipeline
+from sd35.model import load_pipeline
 from sd35.prompts import load as load_prompts
 from sd35.settings import Settings, UserError, parse
 from tiny_sd35 import pipeline, shapes, words

@@ -159,8 +159,8 @@ def test_compiled_blocks_have_the_same_rollout_and_gradient(tmp_path, monkeypatc
     shapes.build(width=32, layers=1).save_pretrained(tiny)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = partial(train_sd35.compile_blocks, backend="eager")  # needs no C++ compiler
-    monkeypatch.setattr(train_sd35, "compile_blocks", compiled)
+    compiled = partial(train_sd35.lora.compile_blocks, backend="eager")  # needs no C++ compiler
+    monkeypatch.setattr(train_sd35.lora, "compile_blocks", compiled)
 
     def rollout_and_gradient(compile):
         few = {"train_timesteps": 1, "num_inference_steps": 1, "kl": 0.0, "micro_batch_size": 4}

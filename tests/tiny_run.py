@@ -11,8 +11,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_sd35
+from sd35.encoder import Encoder
 from sd35.lora import LORA_FILE, add_lora
-from sd35.model import Encoder, Model, load_pipeline, make_scheduler
+from sd35.model import Model, load_pipeline, make_scheduler
 from sd35.run import read_metrics, run_script
 from sd35.settings import Settings, parse
 from tiny_sd35 import shapes
