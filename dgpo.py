@@ -123,7 +123,7 @@ def sample_timesteps(
 # covariance of grad L_i and grad L_j under a shared eps. Then sum_i A_i grad L_i has the variance
 # sum_ij A_i A_j C_ij, of which independent eps leave only the terms i = j. Any part common to all
 # C_ij cancels, since sum_j A_j = 0; so sharing helps a pair if C_12 > 0. But where similar samples
-# (large C_ij) have similar advantages, it raises the variance: 3 to 9 times in the toy at G = 24.
+# (large C_ij) have similar advantages, it raises the variance: 3 to 5 times in the toy at G = 24.
 def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps = (1 - t) x0 + t eps, Algorithm 1, line 12.
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import rewards
 from sd35 import prompts as prompt_lists
 from sd35.lora import LORA_FILE, load_lora
-from sd35.model import decode, load_pipeline
+from sd35.model import decode, load_pipeline, place
 from sd35.report import sheet
 from sd35.run import replace_file, run_script
 from sd35.settings import Settings, UserError, parse
@@ -132,8 +132,9 @@ def draw(settings: EvaluationSettings, device: torch.device, images: Images) -> 
         return
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # False without a GPU
     dtype = torch.bfloat16 if bf16 else torch.float32
-    pipe = load_pipeline(settings.pretrained_model_name_or_path, dtype).to(device)
+    pipe = load_pipeline(settings.pretrained_model_name_or_path, dtype)
     load_lora(pipe, settings.lora)  # before anything is drawn, as it may not fit
+    place(pipe, device)
     for variant, switch in zip(VARIANTS, (pipe.disable_lora, pipe.enable_lora), strict=True):
         switch()
         paths = [path for path in missing if path.parent.name == variant]

@@ -28,20 +28,18 @@ from sd35.settings import UserError, parse
 MOST = ("DGPO", "Bounded DGPO", "Flow-GRPO", "DiffusionNFT", "Diffusion-DPO")
 NEW = ("Linear-DPO", "ThermoDPO", "CRD", "PAR", "V-GRPO")  # the methods of 2026
 ALL = (*MOST, *NEW)
-COMPARED = {"ring-2": (*ALL, "AWM", "GPO"), "blobs": ALL, "ring-32": ALL, "ring-128": MOST[:4]}
-IN_2D, IN_FAMILY, LARGER = tuple(COMPARED), ("ring-2", "blobs", "ring-32"), ("ring-512",)
+COMPARED = {"ring-2": (*ALL, "AWM", "GPO"), "blobs": ALL, "ring-32": ALL}
+IN_2D = tuple(COMPARED)
 MAIN = ("DGPO", "Bounded DGPO", "Flow-GRPO")  # what sweeps are around, and the check is of
 
-TINY = ("Bounded DGPO", "Flow-GRPO", "DGPO", "DiffusionNFT")
+TINY = ("Bounded DGPO", "Flow-GRPO", "DGPO", "DiffusionNFT", "Diffusion-DPO")
+IN_WORDS = (*TINY, "Linear-DPO", "ThermoDPO")  # the two of 2026 that do best in ring-2
 COMPARED |= {
-    "words": TINY,
+    "words": IN_WORDS,
     "words-2": (*TINY[:3], "Diffusion-DPO", *VARIANTS),
-    "shapes": (*TINY, "Diffusion-DPO", "DGPO, bounded pairs"),
+    "words-3": IN_WORDS,
+    "shapes": (*TINY, "DGPO, bounded pairs"),
 }
-BEST_OF_NEW = ("Linear-DPO", "ThermoDPO")  # by their results in 2-D
-COMPARED |= dict.fromkeys(
-    ("words-3", "words-4"), (*BEST_OF_NEW, "DGPO", "Flow-GRPO", "Diffusion-DPO")
-)
 EXPERIMENTS = ("methods", *sweeps.SWEEPS)
 
 
@@ -54,7 +52,7 @@ class Arguments:
     full: bool = False
     table: bool = False  # With --full: compute nothing, but write the page of what is kept.
     only: Literal[EXPERIMENTS] | None = None  # With --full: compute for one experiment alone.
-    # Where to compute: ring-2, blobs, ring-32, ring-128; or, on a tiny SD3.5, words, words-2 and
+    # Where to compute: ring-2, blobs, ring-32; or, on a tiny SD3.5, words, words-2, words-3 and
     # shapes, which need its pipeline. Default: ring-2 and blobs; with --full all 2-D worlds.
     worlds: list[str] = field(default_factory=list)
     # The methods to compute. Default: DGPO, Bounded DGPO and Flow-GRPO; with --full all.
@@ -64,7 +62,7 @@ class Arguments:
     out: str = "lab/out"  # The folder of single finished runs, so that a stopped search goes on.
 
     def __post_init__(self) -> None:
-        for flag, known in (("worlds", [*COMPARED, *LARGER]), ("methods", [*METHODS, *VARIANTS])):
+        for flag, known in (("worlds", [*COMPARED]), ("methods", [*METHODS, *VARIANTS])):
             for name in getattr(self, flag):
                 if name not in known:
                     raise UserError(f"--{flag}: there is no {name}, only {', '.join(known)}")
@@ -72,11 +70,9 @@ class Arguments:
             raise UserError("--table and --only go with --full")
 
 
-def searched_in(world: str, name: str) -> str:
-    """The world whose search chose a method's setting; all of words share one for a method."""
-    if world.startswith("words"):
-        return "words-3" if name in BEST_OF_NEW else "words"
-    return world
+def searched_in(world: str) -> str:
+    """The world whose search chose the settings: words, for all of its pretrainings."""
+    return "words" if world.startswith("words") else world
 
 
 def module_of(world: str) -> ModuleType:
@@ -98,7 +94,7 @@ class Comparison:
         jobs = []
         for world, names in COMPARED.items():
             for name in names:
-                if name in METHODS and searched_in(world, name) == world:
+                if name in METHODS and searched_in(world) == world:
                     jobs.append(("methods", world, "searches", name, self.search))
                 jobs.append(("methods", world, "reports", name, self.report))
         for name, sweep in sweeps.SWEEPS.items():
@@ -108,7 +104,7 @@ class Comparison:
     def searched(self, world: str, name: str) -> dict[str, Any]:
         """The result of a search; for a variant, of the method whose setting it changes."""
         of = VARIANTS.get(name, (name,))[0]
-        searches = self.results.of(searched_in(world, of), "searches")
+        searches = self.results.of(searched_in(world), "searches")
         if of not in searches:
             raise UserError(f"no search of {of} in {world} is finished; run --full first")
         return searches[of]
@@ -157,7 +153,7 @@ class Comparison:
     def sweep(self, world: str, name: str) -> dict[str, list[dict[str, Any]]]:
         """One thing changed at a time around the chosen settings, on four of the reports' seeds."""
         sweep = sweeps.SWEEPS[name]
-        chosen = {name: self.setting(sweep.chosen_in or world, name) for name in MAIN}
+        chosen = {name: self.setting(world, name) for name in MAIN}
         changes, how = sweep.changes(chosen), (sweep.share, sweep.followed)
         runs = self.runs(name, world, list(changes.values()), (0, 1, 2, 3), *how)
         stored = [[run.stored(curve=False) for run in each] for each in runs]
@@ -211,7 +207,7 @@ class Comparison:
         rows = []
         for name, method in METHODS.items():
             cells, works = [], []
-            for world in IN_FAMILY:
+            for world in IN_2D:
                 runs = reports.get(world, {}).get(name)
                 cells += run_cells(world, runs)[:2] if runs else ["", ""]
                 works += [self.searched(world, name)["works"]] if runs else []
@@ -272,7 +268,7 @@ class Comparison:
 
 RUN_HEADER = ["success", "cost, thousands of forwards", "quality", "spread", "progress"]
 FAMILY_HEADER = ["how the reward enters", "method"]
-FAMILY_HEADER += [f"{world}: {what}" for world in IN_FAMILY for what in ("success", "cost")]
+FAMILY_HEADER += [f"{world}: {what}" for world in IN_2D for what in ("success", "cost")]
 FAMILY_HEADER += ["random settings that succeed"]
 METHODS_HEADER = ["world", "method", *RUN_HEADER, "cost, over DGPO's"]
 METHODS_HEADER += ["random settings that succeed", "search, millions of forwards"]
@@ -338,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         if name in results.of(world, kind):
             continue
         wanted = not args.table and args.only in (None, experiment)
-        wanted &= world in (args.worlds or (*IN_2D, *LARGER))
+        wanted &= world in (args.worlds or IN_2D)
         if wanted and (not args.methods or name in args.methods):
             origin = module_of(world).origin(world)
             results.check_origin(world, origin)

@@ -94,7 +94,6 @@ def variants(chosen: Chosen) -> Changes:
 class Sweep(NamedTuple):
     changes: Callable[[Chosen], Changes]
     in_worlds: tuple[str, ...] = ("ring-2", "blobs")
-    chosen_in: str | None = None  # the world whose chosen settings are changed, if another
     share: float = 0.5  # of the world's budget
     followed: float = worlds.FOLLOWED
 
@@ -104,4 +103,3 @@ SWEEPS = {
     for sweep in (ablation, one_setting, extremes, clip, groups, variants)
 }
 SWEEPS["beta"] = Sweep(beta, share=1.0, followed=math.inf)
-SWEEPS["transfer"] = Sweep(dict, ("ring-128", "ring-512"), "ring-32", share=1.0)  # unchanged

@@ -47,7 +47,7 @@ class World:
 WORDS = World("words", Goal(0.97, hold=1.3), Goal(0.9, hold=1.3), 350_000, 48, 1)
 WORLDS = {
     "words": WORDS,
-    **dict.fromkeys(("words-2", "words-3", "words-4"), WORDS),  # other pretrainings of this world
+    **dict.fromkeys(("words-2", "words-3"), WORDS),  # other pretrainings of this world
     "shapes": World("shapes", Goal(0.8, hold=1.3), Goal(0.7, hold=1.3), 600_000, 24, 4),
 }
 

@@ -88,8 +88,8 @@ def ring(dims: int) -> World:
     def network() -> nn.Module:
         return flow2d.VelocityNet() if dims == 2 else SkipNet(64, dims)
 
-    goal, budget = Goal(best=0.0, **SUCCESS), 1_500_000 if dims < 128 else 3_000_000
-    return World(dims, network, sample_data, reward, judge, goal, flow2d.STD, budget)
+    goal = Goal(best=0.0, **SUCCESS)
+    return World(dims, network, sample_data, reward, judge, goal, flow2d.STD)
 
 
 def blobs() -> World:

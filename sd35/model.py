@@ -76,6 +76,18 @@ def load_pipeline(model: str, dtype: torch.dtype, quantize: str = "none") -> Any
     return pipe
 
 
+ALL_NETWORKS = 20e9  # bytes of GPU memory for those of SD3.5 Medium at once, and for their passes
+
+
+def place(pipe: Any, device: torch.device) -> None:
+    """Put the networks on the device; on a small GPU, each one only while it is used."""
+    cuda = device.type == "cuda"
+    if cuda and torch.cuda.get_device_properties(device).total_memory < ALL_NETWORKS:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+
+
 def make_scheduler(sampler: str, shift: float) -> Any:
     """The sampler of a rollout, "dpm++" or "euler". shift: t -> shift t / (1 + (shift - 1) t)."""
     if sampler == "euler":

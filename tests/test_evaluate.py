@@ -101,6 +101,19 @@ def test_a_change_is_measured_and_shown(tiny, loras, prompts, tmp_path, capsys):
     assert Image.open(out / "grid.png").size[0] == 512
 
 
+def test_networks_that_take_turns_draw_the_same_images(tiny, loras, prompts, tmp_path, monkeypatch):
+    """What a small GPU gets, here on the CPU."""
+
+    def take_turns(pipe, device):
+        pipe.enable_model_cpu_offload(device=device)
+
+    run(tiny, loras["much"], prompts, tmp_path / "together")
+    monkeypatch.setattr(evaluate, "place", take_turns)
+    run(tiny, loras["much"], prompts, tmp_path / "in turns")
+    drawn = [images(tmp_path / name / "images") for name in ("together", "in turns")]
+    assert len(drawn[0]) == 24 and drawn[0] == drawn[1]
+
+
 def test_a_folder_in_pefts_form_is_the_same_lora(tiny, loras, prompts, tmp_path):
     drawn = {}
     for name, lora in loras.items():

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ from sd35.settings import Settings, UserError, parse
 from tiny_sd35 import shapes
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("gb", "call"), [(12, "enable_model_cpu_offload"), (24, "to")])
+def test_networks_take_turns_on_a_small_gpu(gb, call, monkeypatch):
+    properties, pipe = SimpleNamespace(total_memory=gb * 10**9), Mock()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    sd35.place(pipe, torch.device("cuda:0"))
+    sd35.place(pipe, CPU)
+    assert [name for name, _, _ in pipe.method_calls] == [call, "to"]
 
 
 @torch.no_grad()
