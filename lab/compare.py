@@ -194,13 +194,18 @@ class Comparison:
         return tables
 
     def draw(self) -> None:
-        folder, in_2d = self.results.folder, self.reports(IN_2D)
-        goals = {world: module_of(world).make(world).goal for world in COMPARED}
+        folder = self.results.folder
         figures.plot_family(folder / "family.png")
-        if in_2d:
-            figures.plot_curves(folder / "curves.png", in_2d, goals)
-        if on_tiny := self.reports(tuple(tiny.WORLDS)):
-            figures.plot_curves(folder / "tiny.png", on_tiny, goals)
+        plotted = {"curves": [], "tiny": []}
+        for part, in_part in (("gates", True), ("others", False)):
+            for world, by_method in self.reports(IN_2D).items():
+                of_part = {n: r for n, r in by_method.items() if is_gate(n) == in_part}
+                plotted["curves"].append((f"{world}, {part}", worlds.make(world).goal, of_part))
+        for world, by_method in self.reports(tuple(tiny.WORLDS)).items():
+            plotted["tiny"].append((world, tiny.make(world).goal, by_method))
+        for name, panels in plotted.items():
+            if panels := [panel for panel in panels if panel[2]]:
+                figures.plot_curves(folder / f"{name}.png", panels)
 
     def family_rows(self, reports: figures.Reports) -> list[list[str]]:
         """A row a method, by how the reward enters its gradient."""
@@ -264,6 +269,10 @@ class Comparison:
                 cells = run_cells(world, runs) if world in IN_2D else cost_cells(runs)
                 rows.append([world, name, when, *cells])
         return table(["world", "method", "runs", *RUN_HEADER], rows)
+
+
+def is_gate(method: str) -> bool:
+    return METHODS[method].enters.startswith("gate")
 
 
 RUN_HEADER = ["success", "cost, thousands of forwards", "quality", "spread", "progress"]

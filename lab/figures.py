@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -65,16 +66,18 @@ def save(figure: Figure, path: Path, x: str, y: str, axes: Sequence[Axes]) -> No
     replace_file(path, write)
 
 
-def plot_curves(path: Path, reports: Reports, goals: dict[str, Goal]) -> None:
-    """The median progress against cost, a panel a world; shaded: the quartiles."""
-    figure, axes = panels(list(reports), 4.2)
-    for panel, (world, by_method) in zip(axes, reports.items(), strict=True):
-        budget, goal = next(iter(by_method.values()))[0].budget, goals[world]
-        costs = torch.logspace(math.log10(budget / 150), math.log10(budget), 80).tolist()
+def plot_curves(path: Path, plotted: list[tuple[str, Goal, ByMethod]]) -> None:
+    """The median progress against cost, a panel for each title; shaded: the quartiles."""
+    figure, axes = panels([title for title, _, _ in plotted], 3.8)
+    for panel, (_, goal, by_method) in zip(axes, plotted, strict=True):
+        budget = next(iter(by_method.values()))[0].budget
+        costs = np.geomspace(budget / 150, budget, 80)
         for method, runs in by_method.items():
-            progress = [[goal.progress_of(run, run.at(cost)) for cost in costs] for run in runs]
-            quartiles = torch.tensor([0.25, 0.5, 0.75])
-            low, median, high = torch.tensor(progress).quantile(quartiles, 0)
+            progress = []
+            for run in runs:
+                points = [(one.cost, goal.progress_of(run, one)) for one in run.evaluations]
+                progress.append(np.interp(costs, *zip(*points, strict=True)))
+            low, median, high = np.quantile(progress, [0.25, 0.5, 0.75], 0)
             (line,) = panel.plot(costs, median, label=method, **style(method))
             panel.fill_between(costs, low, high, color=line.get_color(), alpha=0.15, lw=0)
         panel.axhline(goal.progress, color="black", ls="--", lw=1)

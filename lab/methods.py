@@ -125,7 +125,8 @@ def nft(batch: Batch, setting: Setting, eps: float = 1e-5) -> Tensor:
 
 
 # Diffusion-DPO (Wallace et al. 2024, arXiv:2311.12908), in its flow form and on groups: the best
-# sample against the worst. A pair is a group of two, whose advantages are +1 and -1. So its loss,
+# sample against the worst. A pair is a group of two, whose advantages are +1 and -1; both are 0 if
+# the rewards are equal, and then nothing is learned in any method on pairs. So its loss,
 # -log sigmoid(-beta/2 [(L_w - L_w^ref) - (L_l - L_l^ref)]), is DGPO's on the two extremes, where a
 # mean over the group has the same beta/2.
 #
@@ -133,13 +134,13 @@ def nft(batch: Batch, setting: Setting, eps: float = 1e-5) -> Tensor:
 # With g_w and g_l the gradients by the output, v - v*, a step along s g_l - g_w lowers L_w as long
 # as s < |g_w|^2 / (g_w.g_l). Only the gradient of the value below is meaningful.
 def sdpo(batch: Batch, setting: Setting, margin: float = 0.1) -> Tensor:
-    loss = batch.loss
-    pair = torch.tensor([-1.0, 1.0], dtype=loss.dtype).expand_as(loss)  # the loser comes first
-    k, _ = dgpo.group_gradient(loss, batch.loss_ref, pair, setting.beta / 2)
-    loser, winner = (batch.v - batch.v_star).flatten(2).detach().unbind(1)
-    dot = (loser * winner).sum(1)
-    s = torch.where(dot > 0, (1 - margin) * winner.square().sum(1) / dot, 1.0).clamp(max=1)
-    return (k * torch.stack([s, torch.ones_like(s)], 1) * loss).mean()
+    loss, sign = batch.loss, batch.advantages.sign()
+    k, _ = dgpo.group_gradient(loss, batch.loss_ref, sign, setting.beta / 2)
+    g = (batch.v - batch.v_star).flatten(2).detach()
+    dot, squares = g.prod(1).sum(1, keepdim=True), g.square().sum(2)
+    winner = (squares * (sign > 0)).sum(1, keepdim=True)
+    s = torch.where(dot > 0, (1 - margin) * winner / dot, 1.0).clamp(max=1)
+    return (k * torch.where(sign < 0, s, 1.0) * loss).mean()
 
 
 # GPO (Chen et al. 2025, arXiv:2505.11070): the mean of Diffusion-DPO's loss over all pairs
@@ -157,9 +158,9 @@ def gpo(batch: Batch, setting: Setting) -> Tensor:
 # line, 0.2 beta x + 1/2, cut at 0 and 1, with x measured from theta_old, an EMA of theta. To first
 # order in x, this gate is Diffusion-DPO's at 1.6 beta.
 def linear_dpo(batch: Batch, setting: Setting) -> Tensor:
-    loser, winner = (batch.loss - batch.loss_old).unbind(1)
-    gate = (0.2 * setting.beta * (winner - loser).detach() + 0.5).clamp(0, 1)
-    return (gate * (winner - loser)).mean() / 2
+    x = (batch.advantages.sign() * (batch.loss - batch.loss_old)).sum(1)
+    gate = (0.2 * setting.beta * x.detach() + 0.5).clamp(0, 1)
+    return (gate * x).mean() / 2
 
 
 # ThermoDPO (arXiv:2608.20011, its weighted form, tau in proportion to t): let x be (L_w - L_w^ref)
@@ -167,10 +168,11 @@ def linear_dpo(batch: Batch, setting: Setting) -> Tensor:
 # tau = 2 t / beta. ThermoDPO adds a third term to the sum, exp((1 - t)^2 L_w / tau). Where it is
 # the largest, the gradient is that of supervised learning on the winner, and the loser is let go.
 def thermo_dpo(batch: Batch, setting: Setting) -> Tensor:
-    (loser, winner), t = (batch.loss - batch.loss_ref).unbind(1), batch.t[:, 0]
+    sign, t = batch.advantages.sign(), batch.t[:, 0]
+    x = (sign * (batch.loss - batch.loss_ref)).sum(1)
     tau = 2 * t / setting.beta
-    anchor = (1 - t) ** 2 * batch.loss[:, 1]
-    rivals = torch.stack([torch.zeros_like(t), (winner - loser) / tau, anchor / tau])
+    anchor = (1 - t) ** 2 * (batch.loss * (sign > 0)).sum(1)
+    rivals = torch.stack([torch.zeros_like(t), x / tau, anchor / tau])
     return (tau / 2 * rivals.logsumexp(0)).mean()
 
 

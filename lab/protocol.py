@@ -85,10 +85,10 @@ class Run:
         return [one for one in self.evaluations if one.cost <= cost][-1]
 
     def stored(self, curve: bool = True) -> dict[str, Any]:
-        """As JSON, with what tables and figures need: of the curve, cost and reward, 25 % apart."""
+        """As JSON, with what tables and figures need: of the curve, cost and reward, 50 % apart."""
         whole, rows = [self.evaluations[0], self.end, *[self.at(self.cost)] * curve], []
         for one in self.evaluations:
-            if one in whole or (curve and one.cost >= 1.25 * rows[-1][0]):
+            if one in whole or (curve and one.cost >= 1.5 * rows[-1][0]):
                 rows.append(one if one in whole else one[:2])
         return {"budget": self.budget, "reached": self.reached, "evaluations": rows}
 

@@ -27,6 +27,11 @@ def batch(P=4, G=6, D=3, rewards=None):
     return Batch(v.requires_grad_(), v_ref, v_old, v_star, t, rewards, advantages)
 
 
+def pairs(P):
+    """A batch of pairs, the loser first."""
+    return batch(P, 2, rewards=torch.tensor([0.0, 1.0], dtype=F64).expand(P, 2))
+
+
 def grad(loss, v):
     return torch.autograd.grad(loss, v)[0]
 
@@ -89,7 +94,7 @@ def test_at_theta_old_it_is_awm(method):
 
 def moved(scale, x):
     """A pair at 1e-4 from theta_old, and what Diffusion-DPO does with it at scale * beta."""
-    b = batch(P=50, G=2, rewards=torch.tensor([0.0, 1.0], dtype=F64).expand(50, 2))
+    b = pairs(50)
     v_old = b.v.detach() + x * normal(50, 2, 3, seed=7)
     b = b._replace(v_old=v_old, v_ref=v_old)
     k, _ = dgpo.group_gradient(b.loss, b.loss_ref, b.advantages, scale * 2.0 / 2)
@@ -111,7 +116,7 @@ def test_the_residual_and_the_line_are_diffusion_dpo_to_first_order(method, size
 
 
 def test_the_gate_of_linear_dpo_closes_and_opens_fully():
-    b = batch(P=3, G=2)
+    b = pairs(3)
     for beta in (1e6, -1e6):  # far away on either side
         fell_behind = ((b.loss - b.loss_old) @ torch.tensor([-1.0, 1.0], dtype=F64)) * beta > 0
         gate = fell_behind.double()[:, None] * torch.tensor([-1.0, 1.0], dtype=F64)
@@ -163,7 +168,7 @@ def test_par_is_pepg_and_v_grpo_without_a_clip_is_epg(losses):
 
 def test_thermo_dpo_is_diffusion_dpo_with_a_third_rival():
     """The paper's Theorems 4.1 and 4.2: its limits, and a term that is never negative."""
-    b, beta = batch(P=50, G=2), 3.0
+    b, beta = pairs(50), 3.0
     tau, anchor = 2 * b.t[:, 0] / beta, (1 - b.t[:, 0]) ** 2 * b.loss[:, 1]
     x = (b.loss - b.loss_ref) @ torch.tensor([-1.0, 1.0], dtype=F64)
     dpo = tau / 2 * F.softplus(x / tau)
@@ -180,7 +185,7 @@ def test_thermo_dpo_is_diffusion_dpo_with_a_third_rival():
 
 
 def test_sdpo_is_diffusion_dpo_that_scales_a_harmful_loser_down():
-    b, beta = batch(P=6, G=2), 2.0
+    b, beta = pairs(6), 2.0
     v = b.v.detach().clone()
     winner = (v - b.v_star)[:, 1]
     v[:3, 0] = b.v_star[:3, 0] - winner[:3]  # errors that point apart: the loser does no harm
@@ -195,6 +200,16 @@ def test_sdpo_is_diffusion_dpo_that_scales_a_harmful_loser_down():
     # The loser's is 0.9 times as long as the winner's: a step along both still lowers L_w.
     torch.testing.assert_close(ours[3:5, 0].norm(dim=1), 0.9 * ours[3:5, 1].norm(dim=1))
     torch.testing.assert_close(ours[5], theirs[5])
+
+
+@pytest.mark.parametrize("method", ["Diffusion-SDPO", "Linear-DPO", "ThermoDPO"])
+def test_a_pair_may_come_in_either_order_and_teaches_nothing_if_its_rewards_are_equal(method):
+    b, loss = pairs(6), methods.METHODS[method].loss
+    swapped = Batch(*(part if part is b.t else part.flip(1) for part in b))
+    ours = grad(loss(b, Setting()), b.v)
+    torch.testing.assert_close(grad(loss(swapped, Setting()), b.v), ours)
+    equal = b._replace(rewards=torch.ones(6, 2), advantages=torch.zeros(6, 2, dtype=F64))
+    assert (ours != 0).all() and (grad(loss(equal, Setting()), b.v) == 0).all()
 
 
 def test_gpo_is_the_mean_of_diffusion_dpo_over_the_pairs_of_a_group():
