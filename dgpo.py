@@ -49,7 +49,7 @@ def _require_groups(**tensors: Tensor) -> None:
 def group_gap(values: Tensor, w: Tensor, positive: Tensor) -> Tensor:
     """R(G+) - R(G-), Eq. 8, 9: sum of w * values over G+ minus that over G-. (P, G) -> (P,).
 
-    positive: boolean, True in G+. Raises ValueError unless all three have one shape (P, G).
+    positive: boolean, True in G+. Raises ValueError unless all three have the same shape (P, G).
     """
     _require_groups(values=values, w=w, positive=positive)
     weighted = w * values
@@ -64,8 +64,8 @@ def group_advantages(
 ) -> Tensor:
     """Eq. 12: A_i = (r_i - mean_j r_j) / (std_j r_j + eps). (P, G), G >= 2 -> (P, G).
 
-    The mean is taken over the group. The std is the population's (divisor G, so |A_i| is at most
-    sqrt(G - 1)), over the group, or with std="batch" over all P * G rewards, as in the released
+    The mean is taken over the group. The std, without Bessel's correction, is taken over the group
+    (so |A_i| <= sqrt(G - 1)), or with std="batch" over all P * G rewards, as in the released
     trainer for OCR and PickScore. eps (1e-4 there) stops rounding errors from being scaled up to
     advantages. clamp (5 there) limits |A_i|, because with a batch's std one bad sample of 128 can
     have A = -11; the group is then centred again to keep its weights balanced. A group of equal
@@ -79,8 +79,8 @@ def group_advantages(
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     centred = rewards - rewards.mean(1, keepdim=True)
     centred = centred - centred.mean(1, keepdim=True)  # removes the rounding error of a large mean
-    same, dim = (centred, 1) if std == "group" else (rewards, (0, 1))
-    advantages = centred / (same.std(dim, keepdim=True, correction=0) + eps)
+    values, dim = (centred, 1) if std == "group" else (rewards, (0, 1))
+    advantages = centred / (values.std(dim, keepdim=True, correction=0) + eps)
     if clamp is not None:
         advantages = advantages.clamp(-clamp, clamp)
         advantages = advantages - advantages.mean(1, keepdim=True)
@@ -139,8 +139,8 @@ def diffuse(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 # Eq. 16 -> 17 (Appendix C.3, Eq. 21, 22): from transitions to the denoising loss.
 # The mean of log p_theta/p_ref over q(x_{t-1} | x_t, x0) is KL(q || p_ref) - KL(q || p_theta)
-# (Eq. 21). All three are Gaussians with one std, eta, and their means are one function of x_t and
-# of an image: x0 for q, f for p_theta. So each KL is a weight times a denoising loss, ||x0 - f||^2.
+# (Eq. 21). All three are Gaussians with the same std, eta, whose means are the same function of x_t
+# and an image: x0 for q, f for p_theta. So each KL is a weighted denoising loss, ||x0 - f||^2.
 def lambda_t(alpha_t: Real, sigma_t: Real, alpha_s: Real, sigma_s: Real, eta_s: Real) -> Real:
     """Eq. 22: lambda_t in KL(q || p_theta) = lambda_t ||x0 - f||^2, s < t being the paper's t - 1.
 
@@ -154,7 +154,7 @@ def mean_square(velocity: Tensor, goal: Tensor) -> Tensor:
     """(v - goal)^2, the mean over the data axes: (P, G, ...) -> (P, G).
 
     With goal = v_ref it is the released trainer's KL penalty: KL(p_ref || p_theta) of one step, up
-    to lambda_t t^2 (Eq. 22 with f_ref for x0). Raises ValueError unless both have one shape.
+    to lambda_t t^2 (Eq. 22 with f_ref for x0). Raises ValueError unless the shapes are equal.
     """
     shapes = f"{tuple(velocity.shape)} and {tuple(goal.shape)}"
     _require(velocity.shape == goal.shape, f"velocity and goal need one shape, got {shapes}")
@@ -210,7 +210,7 @@ def group_gradient(
 ) -> tuple[Tensor, Tensor]:
     """k (P, G) and the gate (P,), detached: the gradient of a group is beta sum_i k_i grad L_i.
 
-    k_i = sigmoid(-beta gap) A_i, from the line above. Arguments and errors as in `dgpo_loss`.
+    k_i = sigmoid(-beta gap) A_i, by the gradient above. Arguments and errors as in `dgpo_loss`.
     """
     gate = torch.sigmoid(-_logit(loss_theta, loss_ref, advantages, beta).detach())
     return gate[:, None] * advantages, gate
@@ -237,14 +237,14 @@ def ema_update(ema_params: Iterable[Tensor], params: Iterable[Tensor], decay: fl
         averaged.lerp_(current, 1 - decay)
 
 
-# Section 3.2: without a policy gradient, no trajectory needs a likelihood, so sampling needs no
+# Section 3.2: without a policy gradient, no trajectory needs a likelihood, so the sampler adds no
 # noise. Samples come from an ODE solver: DPM-Solver++, as in the paper and the released trainer.
 @torch.no_grad()
 def sample_ode(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise at t = 1 to x0 at t = 0, in equal steps of t.
 
-    velocity: (x, t ()) -> v, all of noise's shape. DPM-Solver++(2M) of Lu et al. 2022b, of order 2
-    with one evaluation a step. Raises ValueError on steps < 1.
+    velocity: (x, t) -> v, with x and v of noise's shape and t (). DPM-Solver++(2M) of Lu et al.
+    2022b, of order 2 with one evaluation a step. Raises ValueError on steps < 1.
     """
     _require(steps >= 1, f"steps must be at least 1, got {steps}")
     times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
@@ -283,8 +283,8 @@ def train(
 
     model: (x (B, *data_shape), t (B,), c (B,)) -> v. sample_conditions: (P, generator) -> c (P,).
     reward: (c (P, 1), x0 (P, G, *data_shape)) -> (P, G). generator: the only source of randomness.
-    beta: in published units (below). train_timesteps: K, at how many each group is trained. ema: mu
-    of line 15; None means theta_old = theta. offline: the reference draws samples (Section 4.3).
+    beta: in published units (below). train_timesteps: K timesteps for each group. ema: mu of line
+    15; None means theta_old = theta. offline: the reference draws samples (Section 4.3).
     """
     P, G, K = prompts, group_size, train_timesteps
     reference = copy.deepcopy(model).requires_grad_(False)  # "Require: Reference model f_ref"
@@ -314,8 +314,8 @@ def train(
         with torch.no_grad():
             loss_ref = dsm_loss(velocity(reference, c, x_t, t), x0, eps)
 
-        # Published betas take the gap as a mean over the group, and divide the loss by beta: beta
-        # then shapes the gate alone, and neither beta nor G sets the size of a step.
+        # Published betas assume a gap averaged over the group and a loss divided by beta, so that
+        # beta only shapes the gate, and neither beta nor G sets the size of a step.
         loss = dgpo_loss(loss_theta, loss_ref, advantages, beta / G)  # line 13, Eq. 17
         optimizer.zero_grad()
         (loss / beta).backward()

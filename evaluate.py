@@ -3,8 +3,8 @@
     python evaluate.py --lora runs/dgpo --reward ocr          # on the reward's test prompts
     python evaluate.py --lora runs/dgpo --prompts drawbench
 
-Both draw every image from the same noise, so that the difference is paired. Start it again to go on
-with an interrupted evaluation, or to add metrics: what is drawn or scored is not done twice.
+The base model and the LoRA draw each image from the same noise, so the comparison is paired. Run it
+again to continue an interrupted evaluation or to add metrics: images and scores are reused.
 GenEval's list has each prompt four times and DrawBench's five times, as often as the paper draws
 them, each time from other noise. The paper's GenEval is the mean over images, not over tasks.
 """
@@ -69,14 +69,14 @@ class EvaluationSettings:
     # Rewards by name, or file.py:function. Table 2 also has deqa and unifiedreward.
     metrics: list[str] = field(default_factory=lambda: ["aesthetic", "imagereward", "pickscore"])
     reward_model: list[str] = field(default_factory=list)  # Other weights for a metric: name=path.
-    output_dir: str = ""  # Default: the folder "evaluation" in the LoRA's.
+    output_dir: str = ""  # Default: "evaluation" in the LoRA's folder, or beside a checkpoint.
     seeds: int = 1  # Images per line of the prompts.
     num_inference_steps: int = 40  # Steps of the sampler.
     batch_size: int = 4  # Images at once. Lower it if memory is short.
     pretrained_model_name_or_path: str | None = None  # The base model. Default: the run's.
     guidance_scale: float | None = None  # Default: the run's; 1 is none.
     resolution: int | None = None  # Side of the images in pixels. Default: the run's.
-    max_sequence_length: int | None = None  # Most tokens that T5 reads. Default: the run's.
+    max_sequence_length: int | None = None  # Maximum of T5's tokens. Default: the run's.
 
 
 def resolve(settings: EvaluationSettings) -> None:
@@ -210,7 +210,7 @@ def amount(lines: list[str]) -> str:
 
 
 def grid(images: Images, scores: np.ndarray, resolution: int) -> Image.Image:
-    """The largest gains and the largest losses side by side, with their scores (2, N) below."""
+    """Base and LoRA side by side, for the largest gains and losses. scores: (2, N)."""
     both = np.array(list(images)).reshape(2, -1)
     gains = scores[1] - scores[0]
     ranked = np.argsort(-gains, kind="stable")[: np.isfinite(gains).sum()].tolist()
@@ -270,7 +270,7 @@ def evaluate(settings: EvaluationSettings) -> None:
     }
     mine = dict(list(images.items())[state.process_index :: state.num_processes])
     if not all(path.exists() for path in mine):
-        for metric in settings.metrics:  # a missing package must not show after hours of drawing
+        for metric in settings.metrics:  # so that a missing package shows before hours of drawing
             rewards.load(metric, state.device, models.get(metric))
     draw(settings, state.device, mine)
 
@@ -292,7 +292,7 @@ def evaluate(settings: EvaluationSettings) -> None:
         answers[metric] = np.array([scores[key] for key in keys.values()]).reshape(2, -1)
     if state.is_main_process:
         print(report(settings, images, answers))
-        print(f"wrote table.md, table.json and grid.png to {out}")
+        print(f"wrote the tables and, if images have scores, grid.png to {out}")
     state.destroy_process_group()
 
 

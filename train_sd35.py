@@ -55,7 +55,7 @@ class Trainer:
     ):
         self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
         self.held = held  # the context in which a signal waits
-        self.done, self.between_steps = 0, False
+        self.done, self.half_done = 0, False  # half_done: theta has moved, theta_old has not
         self.metrics: dict[str, Any] = {}  # of a step, until they are written
         self.times = sd35.trained_times(settings)
         self.encoder = Encoder(pipe, settings.max_sequence_length, self.device)
@@ -104,7 +104,7 @@ class Trainer:
         return torch.randn(self.model.latent_shape, generator=sd35.seeded(self.settings.seed, *key))
 
     def rollout(self, step: int, p: int, text: str) -> Tensor:
-        """Line 4: a group's latents (G, C, h, w), by theta_old, or offline by the reference."""
+        """Line 4: a group's latents (G, C, h, w), by theta, later theta_old, or the reference."""
         settings, model = self.settings, self.model
         noise = [self.noise(sd35.NOISE, step, p, g) for g in range(settings.group_size)]
         online = model.theta_old if step > settings.old_after else nullcontext
@@ -173,11 +173,11 @@ class Trainer:
                     self.reduce_gradients()
                     if not update:
                         stack.enter_context(self.held())  # from here, a signal waits for the end
-                        self.between_steps = True
+                        self.half_done = True
                     norms.append(self.update(bool(trained.any())))  # line 14
                 if None not in norms:
                     self.follow(step)  # line 15
-                self.done, self.between_steps = step + 1, False
+                self.done, self.half_done = step + 1, False
             self.metrics = {
                 "step": self.done,
                 **report.reward_metrics(scores, advantages, finite),
@@ -211,7 +211,7 @@ class Trainer:
         there is a preference.
         """
         settings, model, K = self.settings, self.model, self.settings.train_timesteps
-        later = (update,) if update else ()  # the first update has the seeds of the only one
+        later = (update,) if update else ()  # the first update has the same seeds as with U = 1
         generator = sd35.seeded(settings.seed, sd35.TIMES, step, *later)
         t = self.times[torch.randperm(len(self.times), generator=generator)[:K], None]
         eps = torch.stack([self.noise(sd35.TRAINING_NOISE, step, p, k, *later) for k in range(K)])
@@ -288,20 +288,20 @@ class Trainer:
         self.model.encoded = self.encoder(texts, self.model.encoded)
 
     def save(self) -> None:
-        """A checkpoint of the steps that are done."""
+        """Save a checkpoint of the steps that are done, unless a step is half done."""
         self.model.restore()
-        if self.accelerator.is_main_process and self.done and not self.between_steps:
+        if self.accelerator.is_main_process and self.done and not self.half_done:
             with self.held():
                 run.save_checkpoint(self.settings, self.model, self.optimizer, self.done)
 
 
-def launch(settings: Settings) -> Accelerator:
-    """This process among those that torchrun or accelerate has started, or the only one."""
+def make_accelerator(settings: Settings) -> Accelerator:
+    """The accelerator of this process. Sets settings.mixed_precision if it is None."""
     cuda = torch.cuda.is_available()
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     settings.mixed_precision = settings.mixed_precision or ("bf16" if bf16 else "no")
     return Accelerator(
-        cpu=not (cuda or torch.backends.mps.is_available()),  # or CPU processes would not meet
+        cpu=not (cuda or torch.backends.mps.is_available()),  # else CPU processes form no group
         mixed_precision=settings.mixed_precision,
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_dir=settings.output_dir,
@@ -337,7 +337,7 @@ def train(settings: Settings) -> None:
         print(f"nothing to do: the run in {out} has done {state['step']} steps")
         return
 
-    accelerator = launch(settings)
+    accelerator = make_accelerator(settings)
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     pipe = sd35.load_pipeline(settings.pretrained_model_name_or_path, dtype, settings.quantize)
     interrupts = run.Interrupts()

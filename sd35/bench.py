@@ -1,12 +1,12 @@
 """What a step takes (memory, FLOPs, seconds), and what would make it faster.
 
     python -m sd35.bench plan       memory and FLOPs of SD3.5 Medium at these settings, counted
-    python -m sd35.bench step       seconds of a step by phase, TFLOP/s, and of its passes alone
-    python -m sd35.bench plain      a step against a plain one; in float32, also against bf16
+    python -m sd35.bench step       seconds of a step by phase, TFLOP/s, and of its bare passes
+    python -m sd35.bench plain      a step against a plain one, and against itself in bf16
     python -m sd35.bench changes    what would make a step faster, and how far it moves the result
 
-Each takes train_sd35.py's settings. Without --model, the weights are random, which needs a GPU but
-no download. On a CPU, give --model tiny_sd35/out/shapes --resolution 16.
+Each takes train_sd35.py's settings. Without --model, the weights are random, and step, plain and
+changes need a GPU. On a CPU, give them --model tiny_sd35/out/shapes --resolution 16.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sd35.model import TIMES, TRAINING_NOISE, Model, load_pipeline, seeded
 from sd35.plan import DEFAULT, count_sizes, plan, random_pipeline, step_tflop
 from sd35.run import Clock, fit_micro_batch, run_script
 from sd35.settings import Settings, parse
-from train_sd35 import Trainer, launch
+from train_sd35 import Trainer, make_accelerator
 
 REPEATS = 5  # how often work is timed
 TEXT = "a prompt"
@@ -40,7 +40,7 @@ TEXT = "a prompt"
 
 def prepare(settings: Settings) -> tuple[Trainer, Tensor, Tensor]:
     """A trainer with a LoRA that has an effect, latents x0 (m, C, h, w) and advantages (m,)."""
-    accelerator = launch(settings)
+    accelerator = make_accelerator(settings)
     device, name = accelerator.device, settings.pretrained_model_name_or_path
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     torch.manual_seed(settings.seed)
@@ -87,7 +87,7 @@ def seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def bare_passes(model: Model, work: Callable[[], object]) -> Callable[[], None]:
-    """Call work(), and return its passes of transformer and decoder alone, forward and backward."""
+    """Call work(), and return a function that replays only its transformer and decoder passes."""
     transformer, decoder, calls, inputs = model.pipe.transformer, model.pipe.vae.decoder, [], {}
 
     def note(network: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -128,7 +128,7 @@ def step(settings: Settings) -> None:
         rows.append(trainer.take_step(chosen, i))
         rows[-1]["seconds/bare network passes"] = seconds(trainer.device, replay)
     is_medium = settings.pretrained_model_name_or_path == DEFAULT
-    share = settings.gradient_checkpointing is not False  # as without auto
+    share = settings.gradient_checkpointing is not False  # TFLOP/s are too high if auto chose less
     work = step_tflop(settings, count_sizes(settings), share) if is_medium else {}
     for name in rows[0]:
         if "second" in name or name == "peak_memory_gb":
@@ -204,7 +204,7 @@ def compare(changes: dict[str, Callable], settings: Settings) -> None:
         "train": partial(gradients, trainer, lambda: trainer.backward_group(0, 0, 0, TEXT, *group)),
     }
 
-    print("| change | phase | times as fast | the result moves by | seconds at first |")
+    print("| change | phase | speed-up | relative change in result | seconds of first call |")
     print("|---" * 5 + "|")
     for (name, work), (title, change) in product(phases.items(), changes.items()):
         unchanged, ratios = work(), []

@@ -31,20 +31,20 @@ class Encoder:
 
     def __init__(self, pipe: Any, length: int, device: torch.device):
         self.pipe, self.length, self.device = type(pipe)(**pipe.components), length, device
-        self.read: dict[str, Callable[[], nn.Module]] = {}
+        self.reload: dict[str, Callable[[], nn.Module]] = {}
         for name in ("text_encoder_2", "text_encoder_3"):
             if network := getattr(pipe, name):
                 int8 = getattr(network.config, "quantization_config", None)
                 options = {"dtype": network.dtype, "quantization_config": int8}
                 load = type(network).from_pretrained
-                self.read[name] = partial(load, network.name_or_path, **options)
-        pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None  # or it ran on the CPU
+                self.reload[name] = partial(load, network.name_or_path, **options)
+        pipe.text_encoder = pipe.text_encoder_2 = pipe.text_encoder_3 = None  # else it stays on CPU
 
     @contextmanager
     def visit(self, name: str) -> Iterator[None]:
         """Put a text encoder, if the pipeline has it, on the device; free it at the end."""
-        if name in self.read:
-            network = getattr(self.pipe, name) or self.read[name]()
+        if name in self.reload:
+            network = getattr(self.pipe, name) or self.reload[name]()
             network.to(self.device)
             setattr(self.pipe, name, network)
             del network
@@ -56,7 +56,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, texts: list[str], known: dict[str, Encoded]) -> dict[str, Encoded]:
-        """These prompts and "", encoded as the pipeline does, on the CPU. Reuses `known` ones."""
+        """Encode the prompts and "" as the pipeline does; results on the CPU. Reuses `known`."""
         texts = list(dict.fromkeys(["", *texts]))
         new = [text for text in texts if text not in known]
         pipe, length, device = self.pipe, self.length, self.device
@@ -79,7 +79,7 @@ class Encoder:
     def too_long(self, texts: list[str]) -> list[str]:
         """The prompts that CLIP or T5 truncates, while a reward reads them whole."""
         limits = [(self.pipe.tokenizer, self.pipe.tokenizer_max_length)]
-        limits += [(self.pipe.tokenizer_3, self.length)] if "text_encoder_3" in self.read else []
+        limits += [(self.pipe.tokenizer_3, self.length)] if "text_encoder_3" in self.reload else []
         return [
             text
             for text in dict.fromkeys(texts)

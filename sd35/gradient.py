@@ -12,7 +12,7 @@ second pass back-propagates sum_i k_i L_i, a plain sum over samples, one micro-b
 k_i are exactly the factors that autograd would have multiplied grad L_i with, so the accumulated
 gradient is that of the whole group, whatever the size of the micro-batches.
 
-Units: published betas (10, 100, 2000) take the gap as a mean over the group and divide the loss by
+Units: published betas (10, 100, 2000) assume a gap averaged over the group and a loss divided by
 beta. That is Eq. 17 at beta / G, divided by beta, and its gradient is the mean over the group of
 k_i grad L_i. So beta shapes the gate alone, and neither beta nor G sets the size of a step.
 """
@@ -60,10 +60,10 @@ def backward_group_loss(
     advantages: (P, G). beta: published units, a float or (P,).
     share: what part of the step these groups are. kl: weight of the KL, against velocity_kl if that
         is given, else velocity_ref. clip, bound: against velocity_old; None and 0 are off.
-    micro_batch: at most so many samples in one forward and backward; None is the whole group, which
-        saves the second forward.
+    micro_batch: maximum number of samples per forward and backward; None takes all P * G at once,
+        which saves the second forward.
 
-    Each distinct network is evaluated once; if all advantages are zero, only the KL's reference is.
+    Each distinct frozen network is evaluated once; if all advantages are zero, only the KL's is.
     Returns detached metrics: loss (), Eq. 17 at beta / G; and gap (a mean over the group), gate, kl
     and clipped (a share of the samples), each (P,). Raises ValueError as the functions of dgpo.py.
     """

@@ -1,6 +1,6 @@
-"""The LoRA: adding one to the transformer, starting from one, loading one, and saving one.
+"""Adding a LoRA to the transformer, starting from one, loading and saving one.
 
-And how much of the transformer is recomputed while it is trained.
+Also here: 8-bit weights, recomputation in the backward pass, and compilation.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> None:
     diffusers' compile_repeated_blocks does the same, but refuses SD3Transformer2DModel.
     """
     for block in transformer.transformer_blocks:
-        # Kinds of block, with and without LoRA and gradients, make more than torch's 8 graphs.
+        # Several kinds of block, with and without LoRA and gradients, exceed torch's 8 graphs.
         block.compile(backend=backend, recompile_limit=64)
 
 
@@ -106,7 +106,7 @@ def start_from_lora(pipe: Any, theta: list[nn.Parameter], folder: str) -> None:
             a, b = (layers["start"].weight for layers in (module.lora_A, module.lora_B))
             if "default" not in module.lora_A or a.shape != module.lora_A["default"].weight.shape:
                 raise UserError(
-                    f"--init_lora {folder} has another rank or other layers than --rank"
+                    f"--init_lora {folder} needs the rank and the layers of this run's LoRA"
                 )
             scale = module.scaling["start"] / module.scaling["default"]
             module.lora_A["default"].weight.copy_(a)
@@ -149,9 +149,8 @@ def check_layers(weights: dict[str, Any], transformer: nn.Module, folder: Path) 
     layers = {layer for layer in layers if not layer.startswith("text_encoder")}
     missing = layers - dict(transformer.named_modules()).keys()
     if missing or not layers:
-        raise UserError(
-            f"the LoRA in {folder} is not for this model, which has no {min(missing, default='')}"
-        )
+        layer = min(missing, default="layer of it")
+        raise UserError(f"the LoRA in {folder} is not for this model, which has no {layer}")
 
 
 def save_lora(pipe: Any, folder: Path) -> None:

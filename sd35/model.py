@@ -76,7 +76,7 @@ def load_pipeline(model: str, dtype: torch.dtype, quantize: str = "none") -> Any
     return pipe
 
 
-ALL_NETWORKS = 20e9  # bytes of GPU memory for those of SD3.5 Medium at once, and for their passes
+ALL_NETWORKS = 20e9  # bytes of GPU memory that hold all of SD3.5 Medium and a forward pass
 
 
 def place(pipe: Any, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from sd35.settings import Settings
 
 DEFAULT = Settings.pretrained_model_name_or_path  # stands for random weights
 T5_GB = {"none": 9.5246, "int8": 4.8941}  # T5-XXL's encoder, the largest: in bf16, in int8
-PICKSCORE_GB, PICKSCORE_TFLOP = 3.9, 0.33459  # in float32; its network of images, for one image
+PICKSCORE_GB, PICKSCORE_TFLOP = 3.9, 0.33459  # in float32; its image encoder, for one image
 CARDS = (8, 16, 24, 40, 80)  # GB
 
 # The networks' geometry, where it is not the default of their classes
@@ -63,7 +63,7 @@ def tflop(work: Callable[[], object]) -> float:
 
 
 class Allocated(TorchDispatchMode):
-    """Remembers what operators allocate, to count what of it is still in use."""
+    """Tracks the storage that operators allocate, to count how much of it is still in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Allocated(TorchDispatchMode):
 
 
 def count_sizes(settings: Settings) -> SimpleNamespace:
-    """1e9 parameters of each network; an image's activations in GB, and its passes in TFLOP."""
+    """Billions of parameters by network; GB of activations and TFLOP of each pass for one image."""
     dtype, side, size = torch.bfloat16, settings.resolution // 8, SimpleNamespace()
     pipe = random_pipeline(dtype, "meta")
     transformer, vae = pipe.transformer, pipe.vae
@@ -123,7 +123,7 @@ def count_sizes(settings: Settings) -> SimpleNamespace:
 
 
 def step_tflop(settings: Settings, size: SimpleNamespace, share: float) -> dict[str, float]:
-    """TFLOP by phase of a rollout of all groups and the training, recomputing a share of blocks."""
+    """TFLOP of one step of all groups, by phase; share: of the blocks that are recomputed."""
     G, m = settings.group_size, settings.train_samples or settings.group_size
     scales = settings.guidance_scale, settings.reference_guidance_scale
     guided, guided_reference = (1 if scale == 1 else 2 for scale in scales)
@@ -134,7 +134,7 @@ def step_tflop(settings: Settings, size: SimpleNamespace, share: float) -> dict[
     each = {
         "rollout": settings.num_inference_steps * guided * size.theta,
         "decode": size.decode,
-        "reward, PickScore's network of images": PICKSCORE_TFLOP,
+        "reward, PickScore's image encoder": PICKSCORE_TFLOP,
         "train": settings.train_timesteps * train * m / G * settings.updates_per_rollout,
     }
     return {name: settings.prompts_per_step * G * count for name, count in each.items()}
@@ -162,7 +162,7 @@ def plan(settings: Settings) -> None:
     for name, gigabytes in memory.items():
         print(f"{gigabytes:8.2f}  {name.format(rank=settings.rank)}")
 
-    print(f"What auto chooses, and TFLOP of {P} groups of {G}, if a tenth of it stays free and")
+    print(f"What auto chooses, and TFLOP of {P} groups of {G}, if a tenth of memory stays free and")
     print(
         f"PickScore takes {PICKSCORE_GB} GB, or runs on the CPU beside less than {REWARD_ROOM} GB:"
     )

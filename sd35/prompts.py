@@ -145,7 +145,7 @@ def wordings(include: list[dict]) -> tuple[str, str]:
 
 
 def geneval_prompts(n: int, seed: int = 0) -> Iterator[dict]:
-    """n prompts with metadata in Flow-GRPO's mix; the benchmark has them in neither order."""
+    """n prompts with metadata in Flow-GRPO's mix; none is in the benchmark in either order."""
     benchmark = {prompt["prompt"] for prompt in load("geneval_test")}
     rng = random.Random(seed)
     for task in rng.choices(list(TASKS), list(TASKS.values()), k=n):
@@ -197,7 +197,7 @@ THIRD = ",Today,Ahead,Closed,Sale,2026,Festival,No 7,Welcomes You,Est. 1924".spl
 
 
 def text_prompts(n: int, split: str = "train", seed: int = 0) -> list[str]:
-    """n different prompts that quote a phrase; the split "test" has every tenth phrase.
+    """n different prompts that quote a phrase; a random tenth of the phrases is the split "test".
 
     Raises UserError if there are fewer than n.
     """

@@ -66,7 +66,7 @@ def reward_metrics(
 
 
 def mean_over_processes(groups: list[dict[str, Tensor]]) -> dict[str, float | None]:
-    """Means over all processes' groups with a preference, and of the KL over all groups."""
+    """Means over all processes' groups with a preference; the KL's over all trained groups."""
     names = ("loss", "gap", "gate", "clipped", "kl")
     rows = [[group[k].float().mean().item() for k in (*names, "preferred")] for group in groups]
     rows = gather_object(rows)

@@ -30,7 +30,7 @@ from sd35.lora import LORA_FILE, recompute, save_lora
 from sd35.model import Model
 from sd35.settings import Settings, UserError
 
-# GB of GPU memory from which on the rewards share the GPU; on smaller ones they run on the CPU,
+# With at least this many GB of GPU memory, rewards share the GPU; with less, they run on the CPU,
 # beside the rollout.
 REWARD_ROOM = 12
 
@@ -93,7 +93,7 @@ class Interrupts:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(aside), then rename that to `path`. It keeps the suffix, which says the format."""
+    """Call write(aside), then rename that file to `path`. Both have the same suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -115,8 +115,8 @@ def checkpoints(out: Path) -> list[Path]:
 def open_folder(settings: Settings) -> dict[str, Any] | None:
     """The state to resume from, or None for a new run. Raises UserError.
 
-    A folder with checkpoints or a LoRA holds a run. That can be resumed with the same settings, but
-    for those in FREE_TO_CHANGE, and with a constant learning rate also to another number of steps.
+    A folder with checkpoints or a LoRA holds a run. Resuming needs the same settings, except those
+    in FREE_TO_CHANGE; with a cosine schedule, max_train_steps may not change either.
     """
     out, wanted = Path(settings.output_dir), settings.resume_from_checkpoint
     saved = checkpoints(out)
@@ -148,7 +148,7 @@ def open_folder(settings: Settings) -> dict[str, Any] | None:
 
 
 def begin(settings: Settings, done: int) -> None:
-    """Write settings.yaml, and remove what comes after `done` steps, which are done again."""
+    """Write settings.yaml, cut the metrics after `done` steps, and set later checkpoints aside."""
     out = Path(settings.output_dir)
     for path in out.glob(".checkpoint-*"):  # half-written when the run was killed
         shutil.rmtree(path)
@@ -194,7 +194,7 @@ def save_checkpoint(
 
 @torch.no_grad()
 def restore(state: dict[str, Any], model: Model, optimizer: torch.optim.Optimizer) -> None:
-    """Put a run where a checkpoint was."""
+    """Load a checkpoint's state into the model and the optimizer."""
     for name, tensors in (("theta", model.theta), ("old", model.old), ("average", model.average)):
         for tensor, value in zip(tensors, state[name], strict=True):
             tensor.copy_(value)
@@ -293,10 +293,12 @@ def passes(settings: Settings) -> list[tuple[float, int]]:
 def fit_micro_batch(model: Model, settings: Settings) -> int:
     """Find by trying which of `passes` fits in the GPU's memory, and return its number of images.
 
-    Without CUDA nothing is tried: it is a group, recomputed only if the settings say so. Raises a
-    RuntimeError if not one image fits.
+    Without CUDA, only a group is tried, recomputed only if the settings say so. Raises a
+    RuntimeError if nothing that was tried fits.
     """
-    device, choices = model.device, passes(settings)
+    device, tried = model.device, passes(settings)
+    if device.type != "cuda":
+        tried = [(tried[0][0], settings.group_size)]
 
     def one_pass(m: int) -> None:
         model.images_per_pass = m
@@ -307,13 +309,13 @@ def fit_micro_batch(model: Model, settings: Settings) -> int:
         model.velocity("")(x, t, t).square().mean().backward()
         del spare
 
-    for share, m in choices if device.type == "cuda" else [(choices[0][0], settings.group_size)]:
+    for share, m in tried:
         recompute(model.pipe.transformer, share)
         try:
             one_pass(m)
             return m
-        except RuntimeError:  # cuDNN and others have their own words for a full memory
-            if (share, m) == choices[-1]:
+        except RuntimeError:  # cuDNN and others raise errors of their own when memory is full
+            if (share, m) == tried[-1]:
                 raise
         finally:
             for parameter in model.theta:

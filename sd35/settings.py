@@ -52,15 +52,15 @@ class Settings:
 
     # The model to train: its name on the Hugging Face hub, or its folder.
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-3.5-medium"
-    # What to train on: names of rewards, or file.py:function, each with =weight behind it if you
-    # like. The reward also selects the task's settings and prompts.
+    # What to train on: names of rewards, or file.py:function, each optionally followed by =weight.
+    # The reward also selects the task's settings and prompts.
     reward: list[str] = field(default_factory=lambda: ["pickscore"])
     reward_model: list[str] = field(default_factory=list)  # Other weights for a reward: name=path.
     eval_reward: list[str] = field(default_factory=list)  # Rewards to watch, but not to train on.
     # Several rewards: add their advantages (the default), or add them and take one advantage.
     combine: Literal["advantages", "rewards"] | None = None
-    # Where guidance is used: in the rollout; or by the reference alone, which is faster and moves
-    # further from the base model; or so, with theta_old as the reference in the gap.
+    # Where guidance is used. guided: in the rollout. cfg_free: by the reference alone, which is
+    # faster and moves further from the base model. cfg_free_ema: likewise, theta_old in the gap.
     recipe: Literal["guided", "cfg_free", "cfg_free_ema"] = "guided"
     # A .txt or .jsonl file, or a published list. Default: the paper's list for the reward.
     train_prompts: str | None = None
@@ -76,9 +76,9 @@ class Settings:
     # G: images per prompt. The authors advise 24. If memory is short, lower --micro_batch_size.
     group_size: int = 16
     max_train_steps: int = 1000  # Steps, each with a rollout.
-    micro_batch_size: str = "auto"  # Most images in one pass. It changes no result.
+    micro_batch_size: str = "auto"  # Maximum number of images in one pass. Changes no result.
     resolution: int = 512  # Side of the images in pixels, a multiple of 16.
-    max_sequence_length: int = 128  # Most tokens that T5 reads.
+    max_sequence_length: int = 128  # Maximum number of tokens that T5 reads.
 
     sampler: Literal["dpm++", "euler"] = "dpm++"  # The rollout's deterministic sampler.
     num_inference_steps: int = 10  # Steps of the sampler.
@@ -86,7 +86,7 @@ class Settings:
     guidance_scale: float = 4.5  # Guidance of the rollout; 1 is none.
     offline: bool = False  # Let the reference draw all samples (Section 4.3).
 
-    train_timesteps: int = 4  # K: at how many of the rollout's times a group is trained per step.
+    train_timesteps: int = 4  # K: number of the rollout's times that each group is trained at.
     # Lowest time to train at; 1 is pure noise. Raise it if artefacts of the rollout, such as blur,
     # are learned. (trunc_steps: the noisiest 7, or for GenEval 5, of 10)
     t_min: float = 0.6
@@ -94,8 +94,8 @@ class Settings:
     beta: float = 100.0
     # Weight of the KL. Raise it if images get worse as the reward rises. (train.beta)
     kl: float = 0.02
-    # Drop a sample once exp(L_old - L_theta) differs from 1 by more than this; 0 is off. Lower it
-    # if training is unsteady. (clip_range)
+    # Drop a good sample once exp(L_old - L_theta) exceeds 1 + clip, and a bad one once it falls
+    # below 1 - clip; 0 is off. Lower it if training is unsteady. (clip_range)
     clip: float = 1e-2
     # Divide advantages by the std of the group's rewards, or of the whole step's. (global_std)
     std: Literal["group", "batch"] = "batch"
@@ -123,7 +123,7 @@ class Settings:
     ema_steps: int = 8  # Steps between updates of the saved average.
     ema_updates: int = 2  # Updates of the saved average each time. (num_batches_per_epoch)
     mixed_precision: Literal["no", "bf16"] | None = None  # Default: bf16 if the GPU has it.
-    # Recompute all blocks in the backward pass. Default: all, or as few as fit if the size is auto.
+    # Recompute all blocks in the backward pass. Default: yes, or as auto --micro_batch_size needs.
     gradient_checkpointing: bool | None = None
     quantize: Literal["none", "int8"] = "none"  # Hold the frozen base in 8 bits.
     compile: bool = False  # Compile the transformer's blocks. Its speed on a GPU is not measured.
@@ -173,7 +173,7 @@ def learning_rate_at(settings: Settings, step: int) -> float:
 
 
 def parse(cls: type, argv: list[str] | None = None) -> Any:
-    """A command line as an instance of `cls`, a dataclass. --t-min is --t_min; a bool has --no_x.
+    """Parse a command line into the dataclass `cls`. --t-min is --t_min; a bool has --no_x.
 
     The values of a YAML file --config, and the released settings, stand in for defaults. Exits with
     2 if an argument is wrong.
@@ -189,16 +189,16 @@ def parse(cls: type, argv: list[str] | None = None) -> Any:
         values = [f"{key} {table[name]}" for key, table in RELEASED.items() if name in table]
         if default is not None:
             remarks[name] += f" (default: {', '.join([str(default), *values])})"
-        about = {"dest": name, "default": default, "help": remarks[name].replace("%", "%%")}
+        options = {"dest": name, "default": default, "help": remarks[name].replace("%", "%%")}
         flags = [f"--{name}", *ALIASES.get(name, [])]
         if hint is bool:
             switches.add(name)
-            parser.add_argument(*flags, action="store_true", **about)
+            parser.add_argument(*flags, action="store_true", **options)
             parser.add_argument(f"--no_{name}", action="store_false", dest=name, default=default)
         elif get_origin(hint) is Literal:
-            parser.add_argument(*flags, choices=get_args(hint), **about)
+            parser.add_argument(*flags, choices=get_args(hint), **options)
         else:
-            parser.add_argument(*flags, type=hint, nargs="+" if is_list else None, **about)
+            parser.add_argument(*flags, type=hint, nargs="+" if is_list else None, **options)
 
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in argv]

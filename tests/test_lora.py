@@ -148,7 +148,7 @@ OTHERS = {
     of_another_kind: "is not for this model, which has no unet.down$",
     of_a_deeper_model: "is not for this model, which has no transformer_blocks.9.attn.",
     of_another_lora(rank=4, width=64): "^cannot load the LoRA in .* size mismatch",
-    of_another_lora(rank=5, width=32): "has another rank or other layers than --rank",
+    of_another_lora(rank=5, width=32): "needs the rank and the layers of this run's LoRA",
     lambda trained, folder: None: "^cannot load the LoRA in .*No such file",
 }
 

@@ -361,7 +361,7 @@ def test_a_mistake_is_one_sentence_before_the_model_is_loaded(
 def test_processes_wait_long_for_the_one_that_validates(monkeypatch):
     asked = {}
     monkeypatch.setattr(train_sd35, "Accelerator", lambda **more: asked.update(more))
-    train_sd35.launch(Settings())
+    train_sd35.make_accelerator(Settings())
     (patience,) = asked["kwargs_handlers"]
     assert patience.timeout >= timedelta(hours=12)
 

@@ -1,8 +1,8 @@
 """The 2-D world: a ring of Gaussians, a network that learns to sample it, and a known reward.
 
 Everything the paper calls intractable is exact here: log p_ref(x|c), Z(c) of Eq. 5, the RLHF
-optimum p*(x|c), and the log-density of a learned flow. Points are (..., 2), conditions c are
-integer tensors that broadcast with the points' leading axes, and log-densities are natural logs.
+optimum p*(x|c), and, up to its ODE solver, the log-density of a learned flow. Points are (..., 2),
+conditions c are integer tensors that broadcast with the points' leading axes. Logs are natural.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def target(c: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def reward(c: Tensor, x: Tensor) -> Tensor:
-    """r(c, x) = -||x - target(c)||^2, at most 0. A sample of the target mode gets -2 STD^2."""
+    """r(c, x) = -||x - target(c)||^2, at most 0. Samples of the target mode average -2 STD^2."""
     return -(x - target(c, x.dtype)).square().sum(-1)
 
 
@@ -151,7 +151,7 @@ def pretrain(
 
 
 def flow_log_prob(model: nn.Module, c: Tensor, x: Tensor, steps: int = 50) -> Tensor:
-    """Exact log-density (N,) of a learned flow at x (N, 2) under c (N,), by Runge-Kutta of order 4.
+    """Log-density (N,) of a learned flow at x (N, 2) under c (N,), by Runge-Kutta of order 4.
 
     Along the flow d log p_t(x_t)/dt = -div v (the continuity equation), so log p_0(x_0) is
     log N(x_1; 0, I) + int_0^1 div v(x_t, t) dt. In 2-D autograd gives the divergence exactly.
