@@ -2,8 +2,8 @@
 
 Every method of methods.py runs in one loop, with the same networks, rewards and optimizer. A search
 of the same size chooses each method's hyperparameters, which then run on fresh seeds; only these
-are reported. --full computes what lab/results does not have yet, and writes lab/results/README.md;
-stop it whenever you like, and call it again to go on. Without flags, the chosen settings run again
+are reported. --full computes what lab/results lacks, and writes lab/results/README.md; stop it
+whenever you like, and call it again to continue. Without flags, the chosen settings run again
 on seeds that no search and no report has seen, beside what was reported: a minute or two.
 """
 
@@ -30,7 +30,7 @@ NEW = ("Linear-DPO", "ThermoDPO", "CRD", "PAR", "V-GRPO")  # the methods of 2026
 ALL = (*MOST, *NEW)
 COMPARED = {"ring-2": (*ALL, "AWM", "GPO"), "blobs": ALL, "ring-32": ALL}
 IN_2D = tuple(COMPARED)
-MAIN = ("DGPO", "Bounded DGPO", "Flow-GRPO")  # what sweeps are around, and the check is of
+MAIN = ("DGPO", "Bounded DGPO", "Flow-GRPO")  # the methods of the sweeps and of the check
 
 TINY = ("Bounded DGPO", "Flow-GRPO", "DGPO", "DiffusionNFT", "Diffusion-DPO")
 IN_WORDS = (*TINY, "Linear-DPO", "ThermoDPO")  # the two of 2026 that do best in ring-2
@@ -47,10 +47,10 @@ EXPERIMENTS = ("methods", *sweeps.SWEEPS)
 class Arguments:
     """Compare DGPO with its family; see lab/results/README.md."""
 
-    # Search, report and sweep, and write the page: about five hours on two cores for the 2-D worlds
-    # if nothing is kept. What is finished is kept. Without it, the chosen settings run again.
+    # Run the search, the reports and the sweeps, and write the page. Saved results are not computed
+    # again. About nine hours on two cores in 2-D. Without it, the chosen settings run again.
     full: bool = False
-    table: bool = False  # With --full: compute nothing, but write the page of what is kept.
+    table: bool = False  # With --full: only write the page, from the saved results.
     only: Literal[EXPERIMENTS] | None = None  # With --full: compute for one experiment alone.
     # Where to compute: ring-2, blobs, ring-32; or, on a tiny SD3.5, words, words-2, words-3 and
     # shapes, which need its pipeline. Default: ring-2 and blobs; with --full all 2-D worlds.
@@ -58,8 +58,8 @@ class Arguments:
     # The methods to compute. Default: DGPO, Bounded DGPO and Flow-GRPO; with --full all.
     methods: list[str] = field(default_factory=list)
     seed: int = 20  # Without --full: the first of the three seeds.
-    results: str = "lab/results"  # The folder of what is kept, of the page and its figures.
-    out: str = "lab/out"  # The folder of single finished runs, so that a stopped search goes on.
+    results: str = "lab/results"  # The folder of the saved results, the page and its figures.
+    out: str = "lab/out"  # The folder of finished runs, so that a stopped search can continue.
 
     def __post_init__(self) -> None:
         for flag, known in (("worlds", [*COMPARED]), ("methods", [*METHODS, *VARIANTS])):
@@ -76,20 +76,20 @@ def searched_in(world: str) -> str:
 
 
 def module_of(world: str) -> ModuleType:
-    """What has the world's `run`, `make`, `base_setting`, `origin`, PLAN, SPACE and SEEDS."""
+    """The module that runs the world: worlds.py or tiny.py, with one interface."""
     return tiny if world in tiny.WORLDS else worlds
 
 
 class Comparison:
-    """The results that are kept, and how they are computed."""
+    """The saved results, and how they are computed."""
 
     def __init__(self, results: Results, computer: Computer):
         self.results, self.computer = results, computer
 
     def jobs(self) -> list[tuple[str, str, str, str, Callable[[str, str], Any]]]:
-        """The entries of the results, in an order in which each may use those before it.
+        """All results to compute, as (experiment, world, kind, name, function), in order.
 
-        An entry is its experiment, world, kind and name, and what computes it of world and name.
+        function(world, name) computes the result, and may use the results before it.
         """
         jobs = []
         for world, names in COMPARED.items():
@@ -121,7 +121,7 @@ class Comparison:
     def runs(
         self, title: str, world: str, settings: list[Setting], seeds: tuple, share: float, *how: Any
     ) -> list[list[Run]]:
-        """By setting and seed, for a share of the world's budget."""
+        """Run each setting on each seed with a share of the world's budget: [setting][seed]."""
         module = module_of(world)
         budget = share * module.make(world).budget
         tasks = [(world, seed, setting, budget, *how) for setting in settings for seed in seeds]
@@ -159,7 +159,7 @@ class Comparison:
         stored = [[run.stored(curve=False) for run in each] for each in runs]
         return dict(zip(changes, stored, strict=True))
 
-    # Tables of what is kept
+    # Tables of the saved results
 
     def reports(self, among: tuple[str, ...]) -> figures.Reports:
         reports = {}
@@ -169,7 +169,7 @@ class Comparison:
         return reports
 
     def tables(self) -> dict[str, str]:
-        """By their place in page.md."""
+        """The tables of page.md, by placeholder."""
         in_2d, on_tiny = self.reports(IN_2D), self.reports(tuple(tiny.WORLDS))
         missing = [
             f"{name} in {world} ({kind})"
@@ -259,7 +259,7 @@ class Comparison:
         return rows
 
     def check(self, world: str, names: list[str], seed: int) -> str:
-        """The chosen settings on three other seeds, beside what was reported. Nothing is kept."""
+        """The chosen settings on three other seeds, beside what was reported. Nothing is saved."""
         reports = self.reports((world,)).get(world, {})
         names = [name for name in reports if name in names]
         settings, seeds = [self.setting(world, name) for name in names], (seed, seed + 1, seed + 2)

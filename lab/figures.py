@@ -50,7 +50,7 @@ def panels(names: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
 
 
 def save(figure: Figure, path: Path, x: str, y: str, axes: Sequence[Axes]) -> None:
-    """axes: the panels, whose lines are named above all, each name once."""
+    """Write the figure with one legend for the lines of all `axes`, each label once."""
     figure.supxlabel(x, fontsize=17)
     figure.supylabel(y, fontsize=17)
     lines = {line.get_label(): line for panel in axes for line in panel.get_lines()}
@@ -101,7 +101,7 @@ FAMILY = {
 def loss_of_one(method: str, line: Tensor, advantage: float) -> Tensor:
     """The loss of one sample at velocities (N,) that increase, less its value at v_old = 0.
 
-    It is the integral of the gradient that trains, scaled so that all methods have one slope at
+    It is the integral of the training gradient, scaled so that all methods have one slope at
     v_old. The sample is one of a pair, A = -1 and 1, the other of which stays at v_old. v* = 1.
     """
     N, moved = len(line), int(advantage > 0)
@@ -126,7 +126,7 @@ def loss_of_one(method: str, line: Tensor, advantage: float) -> Tensor:
 
 
 def plot_family(path: Path) -> None:
-    """What each method makes of a good and of a bad sample, as v moves away from v_old."""
+    """Each method's loss of a good and of a bad sample, as v moves away from v_old."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 2)
     line = torch.linspace(-3.5, 3.5, 1401)

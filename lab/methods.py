@@ -18,8 +18,8 @@ falls without end; with c > 0 it is convex, and its minimum is a finite target. 
 of beta times the gap, also ends the fall, but late: the loss of a pair's bad sample can still fall
 by 4 log(2) / beta. DGPO has one gate for a group, Diffusion-DPO and GPO one for each pair.
 Linear-DPO's gate is a line, and ThermoDPO's has a third term, the winner's own loss, which takes
-over when it is the largest. CRD and PAR regress the change of a sample's loss on its advantage: the
-push ends where the residual is zero. Flow-GRPO and V-GRPO have A rho, where rho = p_theta / p_old
+over when it is the largest. CRD and PAR fit the change in a sample's loss to its advantage: the
+gradient is zero where the residual is. Flow-GRPO and V-GRPO have A rho, where rho = p_theta / p_old
 is positive: a bad sample stops counting once it has become unlikely. lab/results/family.png draws
 them all.
 """
@@ -55,18 +55,18 @@ class Setting:
     group_size: int = 24
     train_samples: int | None = None  # m: train on the m/2 worst and the m/2 best of each group
     prompts_per_step: int = 16
-    train_timesteps: int = 2  # at which each group is trained
+    train_timesteps: int = 2  # K: timesteps per group
     num_inference_steps: int = 10  # of a rollout
     updates_per_rollout: int = 1  # optimizer steps for each rollout
     bound: float = 0.0  # DGPO's
-    anchor: str = "theta_old"  # what the bound refers to, or "reference"
-    clip: float | None = None
+    anchor: str = "theta_old"  # or "reference": what v_old is
+    clip: float | None = None  # PPO's
     advantage_clip: float = 5.0  # DiffusionNFT's
     stratified: bool = False  # draw the timesteps of a sample from equal parts of their range
-    sde_noise: float = 0.0  # the a of the SDE that samples; 0 samples by the ODE
-    trained_share: float = 1.0  # Flow-GRPO: of the sampler's steps, the noisiest
-    shared_noise: bool = True
-    offline: bool = False
+    sde_noise: float = 0.0  # noise level a of the SDE sampler; 0 is the ODE
+    trained_share: float = 1.0  # Flow-GRPO: the part of its steps, the noisiest, that is trained
+    shared_noise: bool = True  # one eps for a group
+    offline: bool = False  # the reference draws the samples
 
 
 class Batch(NamedTuple):
@@ -94,8 +94,8 @@ class Batch(NamedTuple):
 
 
 # AWM (Xue et al. 2025, arXiv:2509.25050), advantage-weighted matching: A times the denoising loss.
-# DGPO's gradient is beta sigmoid(-beta gap) sum_i A_i grad L_i. As beta goes to 0 the gate freezes
-# at 1/2, and the loss over beta becomes half of AWM's. So AWM is DGPO without its gate.
+# DGPO's gradient is beta sigmoid(-beta gap) sum_i A_i grad L_i. As beta goes to 0, the gate freezes
+# at 1/2, and DGPO's loss divided by beta becomes half of AWM's: AWM is DGPO without its gate.
 #
 # With `kl` it is RVM (arXiv:2608.23664), whose update is A (v - v*) + anchor (v - v_ref). With kl =
 # 1, and the raw reward R in place of A, it is RAM (arXiv:2605.10759): ||v - sg[v_ref + R (v* -
@@ -107,10 +107,10 @@ def awm(batch: Batch, setting: Setting) -> Tensor:
 # DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117): denoise in two directions around theta_old. A
 # reward in [0, 1], r = 1/2 + A / (2c) with A clipped at c, 5 as published, says how good a sample
 # is. With v+- = v_old +- b (v - v_old), the loss c/b [r ||v+ - v*||^2 + (1 - r) ||v- - v*||^2] is
-# c/b [||e||^2 + 2 (2r - 1) b e.d + b^2 ||d||^2] = 2 A e.d + c b ||d||^2 up to a constant. Here c
-# does what b does, and clips A. The method, however, compares images, x0 = x_t - t v, and divides
-# each square by its own mean error, detached. The minimum for one x0 and eps is then at v_old -
-# sign(A) e / b, whatever c.
+# c/b [||e||^2 + 2 (2r - 1) b e.d + b^2 ||d||^2] = 2 A e.d + c b ||d||^2 up to a constant: here c
+# acts like b, except that it also clips A. The published loss, however, compares x0 = x_t - t v and
+# divides each square by its own mean absolute error, detached. For one x0 and eps, the minimum is
+# then at v_old - sign(A) e / b, for any c.
 def nft(batch: Batch, setting: Setting, eps: float = 1e-5) -> Tensor:
     b, clip = setting.beta, setting.advantage_clip
     r = 0.5 + batch.advantages.clamp(-clip, clip) / (2 * clip)
@@ -131,8 +131,8 @@ def nft(batch: Batch, setting: Setting, eps: float = 1e-5) -> Tensor:
 # mean over the group has the same beta/2.
 #
 # Diffusion-SDPO (arXiv:2511.03317) scales the loser's part down where it would harm the winner.
-# With g_w and g_l the gradients by the output, v - v*, a step along s g_l - g_w lowers L_w as long
-# as s < |g_w|^2 / (g_w.g_l). Only the gradient of the value below is meaningful.
+# With g_w and g_l the gradients with respect to the output, v - v*, a step along s g_l - g_w lowers
+# L_w as long as s < |g_w|^2 / (g_w.g_l). Only the gradient of the value below is meaningful.
 def sdpo(batch: Batch, setting: Setting, margin: float = 0.1) -> Tensor:
     loss, sign = batch.loss, batch.advantages.sign()
     k, _ = dgpo.group_gradient(loss, batch.loss_ref, sign, setting.beta / 2)
@@ -146,8 +146,8 @@ def sdpo(batch: Batch, setting: Setting, margin: float = 0.1) -> Tensor:
 # GPO (Chen et al. 2025, arXiv:2505.11070): the mean of Diffusion-DPO's loss over all pairs
 # r_i > r_j of a group. As in DGPO, it is divided by beta, so that beta shapes the gate alone.
 def gpo(batch: Batch, setting: Setting) -> Tensor:
-    gap = batch.loss - batch.loss_ref
-    differences = gap[:, :, None] - gap[:, None, :]  # (P, G, G), winner i against loser j
+    change = batch.loss - batch.loss_ref
+    differences = change[:, :, None] - change[:, None, :]  # (P, G, G), winner i against loser j
     wins = batch.rewards[:, :, None] > batch.rewards[:, None, :]
     losses = -F.logsigmoid(-setting.beta / 2 * differences).where(wins, 0)
     return (losses.sum((1, 2)) / wins.sum((1, 2)).clamp(min=1)).mean() / setting.beta
@@ -215,7 +215,7 @@ def backward(
     advantages: Tensor,
     share: float = 1.0,
 ) -> None:
-    """Add the gradient of share * (the method's loss + its KL) to .grad: all but Flow-GRPO.
+    """Add the gradient of share * (a method's loss + its KL) to .grad; Flow-GRPO's is below.
 
     networks: theta, the reference and theta_old. x0 (P, G, ...), eps (P, 1 or G, ...), t (P, 1): as
     in `dgpo.diffuse`, with K * P rows for K timesteps. rewards, advantages: (P, G).

@@ -2,7 +2,7 @@
 
 Runs: cost is counted in forwards of one sample, and a run succeeds if it reaches its goal and holds
 it. Search: every method's hyperparameters are chosen alike, on seeds that are never reported.
-Results: what is kept. Intervals: how certain a number is.
+Results: the saved files. Intervals: how certain a number is.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def follow(
 
     costs: yields 0, and after each step of the training what it has cost so far. evaluate: cost ->
     Evaluation. due: cost -> the cost at which the next evaluation is due. end: Run -> the cost at
-    which it ends, if the budget does not end before.
+    which the run stops, if its budget is not spent first.
     """
     run, next_due = Run(budget, []), 0.0
     try:
@@ -135,9 +135,9 @@ def follow(
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, uniform in their logarithm, or uniform if the low end is 0.
+    """Numbers between two ends: log-uniform, or uniform if low is 0.
 
-    A low end of 0 is a natural limit: a setting there is at no edge.
+    A low end of 0 is a natural limit, so a value near it is not at an edge.
     """
 
     low: float
@@ -162,7 +162,7 @@ class Range:
         return "high" if share > 0.9 else None
 
     def widened(self, edge: str) -> Range:
-        """Threefold on one side; a range from 0, whose values end at 1, halfway to it."""
+        """Triple the range on one side. A range from 0 has values below 1: go halfway to 1."""
         if self.low == 0:
             return Range(0, (1 + self.high) / 2)
         return Range(self.low / 3, self.high) if edge == "low" else Range(self.low, 3 * self.high)
@@ -172,7 +172,7 @@ Space = dict[str, Range | tuple]  # what each hyperparameter may be: a range, or
 
 TUNING_SEEDS = tuple(range(100, 112))
 PENALTY = 2  # a failed run counts as this many budgets (PAR2), so that reliability is rewarded
-NEAR, REDRAWN = 0.15, 0.25  # of a range, to either side; and the chance of another choice
+NEAR, REDRAWN = 0.15, 0.25  # how far to move, as a share of a range; chance of another choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,7 @@ def at_edges(setting: Any, space: Space) -> dict[str, str]:
 
 
 def score(goal: Goal, runs: list[Run]) -> tuple[float, float]:
-    """Less is better: the mean cost, failures penalised; if all fail, how far from the goal."""
+    """Lower is better: the mean cost, failures penalised; then the mean distance to the goal."""
     costs = [PENALTY * run.budget if run.reached is None else run.reached for run in runs]
     missing = [
         max(goal.progress - goal.progress_of(run), 0) + max(goal.quality - run.end.quality, 0)
@@ -294,7 +294,7 @@ def search(
     }
 
 
-# Computing runs, and keeping results
+# Computing runs, and saving results
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -341,7 +341,7 @@ class Computer:
 
 
 class Results:
-    """The results that are kept, in <folder>/<world>.json, by kind and name."""
+    """The saved results, in <folder>/<world>.json, by kind and name."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -362,7 +362,7 @@ class Results:
         """Raise UserError if the results of a world began with another pretrained model."""
         if self.read(world).get("origin", origin) != origin:
             raise UserError(
-                f"the kept results of {world} began with another pretrained pipeline; to start "
+                f"the saved results of {world} began with another pretrained pipeline; to start "
                 "anew with this one, give a new folder as --results"
             )
 

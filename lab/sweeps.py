@@ -40,7 +40,7 @@ def one_setting(chosen: Chosen) -> Changes:
 
 
 def extremes(chosen: Chosen) -> Changes:
-    """From the two ends of a group to all of it: what groups know that pairs do not."""
+    """From the two ends of a group to all of it: does a group say more than its pair?"""
     return {
         f"{name}, m = {m}": replace(chosen[name], train_samples=None if m == 24 else m)
         for name in ("DGPO", "Bounded DGPO", "Flow-GRPO")
@@ -49,7 +49,7 @@ def extremes(chosen: Chosen) -> Changes:
 
 
 def clip(chosen: Chosen) -> Changes:
-    """Fig. 4 of the paper, where rollouts have artefacts: in five steps."""
+    """Fig. 4 of the paper: the timestep clip, on five-step rollouts, which have artefacts."""
     return {
         f"{name}, t_min {t:g}": replace(chosen[name], num_inference_steps=5, t_min=t)
         for name in ("DGPO", "Bounded DGPO")

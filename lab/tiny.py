@@ -82,7 +82,7 @@ def base_setting(world: str) -> Setting:
 
 
 def origin(world: str) -> str:
-    """The pipeline that runs begin with, as no two machines pretrain one to the bit."""
+    """A hash of the pipeline that runs begin with, as machines may pretrain different ones."""
     folder = Path(settings_of(world).pretrained_model_name_or_path)
     weights = sorted(folder.glob("transformer/*.safetensors"))
     if not weights:
@@ -92,7 +92,7 @@ def origin(world: str) -> str:
 
 
 class Training:
-    """A run of the trainer at its first step, or later: `step` takes one."""
+    """A training run; `step` takes its next step."""
 
     def __init__(self, world: str, seed: int, setting: Setting):
         changed = {name: getattr(setting, name) for name in FIELDS}
@@ -231,7 +231,7 @@ def draw(model: sd35.Model, watched: list[dict], steps: int) -> Tensor:
 def run(name: str, seed: int, setting: Setting, budget: float) -> Run:
     """A training run. It ends when the budget is spent, or when it has reached and held the goal.
 
-    The learning rate's schedule is that of the world's whole budget. One that diverges ends there.
+    The learning rate's schedule is that of the world's whole budget. A diverging run ends there.
     """
     world, training = make(name), Training(name, seed, setting)
     settings, model = training.settings, training.model

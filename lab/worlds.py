@@ -1,6 +1,6 @@
 """The 2-D worlds, and a training run of any method in them.
 
-The worlds are the ring of toy/flow2d.py, in D dimensions, and pictures of a blob. A world is its
+The worlds are the ring of toy/flow2d.py, in D dimensions, and images of a blob. A world is its
 data, a reward to train on, and a judge that no method trains on. Conditions are flow2d's; samples
 are flat, (N, D).
 """
@@ -25,9 +25,9 @@ from sd35 import gradient
 from toy import flow2d
 
 AMBIENT_STD = 0.02
-SIDE, BLOB_WIDTH, MARGIN = 8, 1.0, 0.5  # of a picture, in pixels
-OBEYED = 0.4  # share of pictures in the data that are in the quadrant that was asked for
-SUCCESS = {"progress": 0.9, "quality": 0.8}  # the goal: of the way to the best, of samples right
+SIDE, BLOB_WIDTH, MARGIN = 8, 1.0, 0.5  # of an image, in pixels
+OBEYED = 0.4  # share of images in the data that are in the quadrant that was asked for
+SUCCESS = {"progress": 0.9, "quality": 0.8}  # the goal: progress, and the share of correct samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +38,16 @@ class World:
     reward: Callable[[Tensor, Tensor], Tensor]  # c (...), x (..., D) -> (...)
     # c (N,), x (N, D) -> is it right (N,), distance from the data (N,), position (N, 2)
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    goal: Goal  # whose best is the mean reward of the best samples that are still data
+    goal: Goal  # its best: the most that a ring's reward can be, and the mean over the best blobs
     spread: float  # std of the positions of these under one condition
     budget: int = 1_500_000  # forwards of a run that is reported
 
 
 class SkipNet(flow2d.VelocityNet):
-    """flow2d's network plus s(t) x, a number learnt for every t.
+    """flow2d's network plus s(t) x, where s is a learned function of t.
 
-    Where data is narrow, v is close to x / t there. An MLP of width 64 cannot pass on D > 64
-    coordinates, and does not have to.
+    Where the data has no width, v is about x / t, a large multiple of all D coordinates. The skip
+    provides it, so that the MLP has to learn only the rest.
     """
 
     def __init__(self, width: int, dims: int):
@@ -63,8 +63,9 @@ class SkipNet(flow2d.VelocityNet):
 def ring(dims: int) -> World:
     """flow2d's ring in a plane of R^D, turned at random, with a little noise off the plane.
 
-    The reward sees the plane alone. A sample is right within 3 std of a mode and of the plane;
-    its distance is the larger of the two in units of the data's, so that the data is at about 1.
+    The reward sees only the plane. A sample is correct within 3 std of a mode and within 2.1 std (a
+    root mean square) of the plane. Its distance is the larger of the two, each in units of its root
+    mean square over the data, so that the data is at about 1.
     """
     turn, _ = torch.linalg.qr(torch.randn(dims, dims, generator=torch.Generator().manual_seed(0)))
     turn = torch.eye(2) if dims == 2 else turn
@@ -93,18 +94,18 @@ def ring(dims: int) -> World:
 
 
 def blobs() -> World:
-    """Pictures of 8 x 8 pixels with one bright blob, in four of ten in the quadrant c asks for.
+    """Images of 8 x 8 pixels with one bright blob, 40 % of them in the quadrant that c asks for.
 
-    The reward is the quadrant's mean brightness, which other pictures than a blob can have, too. A
-    picture is right if it is a blob and in the quadrant: the blob of the kind that is nearest to it
-    says where it is, and the distance to that one how much of a blob it is.
+    The reward is the quadrant's mean brightness, which an image without a blob can have, too. An
+    image is correct if it is a blob in that quadrant: the nearest of a grid of blobs gives its
+    position, and the distance to that blob says whether it is one.
     """
     pixel = torch.arange(SIDE) - (SIDE - 1) / 2
     limit = SIDE / 2 - 0.5 - MARGIN
     quadrants = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]])
 
     def draw(position: Tensor) -> Tensor:
-        """Blobs at positions (N, 2), as pictures (N, SIDE * SIDE) of brightness 0 to 1."""
+        """Blobs at positions (N, 2), as images (N, SIDE * SIDE) of brightness 0 to 1."""
         squared = (position[:, :, None] - pixel) ** 2  # (N, 2, SIDE)
         profile = (-squared / (2 * BLOB_WIDTH**2)).exp()
         return (profile[:, 1, :, None] * profile[:, 0, None, :]).flatten(1)

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor (Schuhmann et al. 2022): how people rate a picture, 1 to 10."""
+"""LAION's aesthetic predictor (Schuhmann et al. 2022): how people rate an image, 1 to 10."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def predictor(state: dict[str, Tensor]) -> nn.Sequential:
 def load(device: torch.device | str, model: str | None = None) -> Reward:
     """The predicted rating from CLIP ViT-L/14's normalised embedding of the image.
 
-    1.7 GB for CLIP, 4 MB for the head (Apache-2.0). model: others, as "clip,head.pth".
+    1.7 GB for CLIP, 4 MB for the head (Apache-2.0). model: replaces both, as "clip,head.pth".
     """
     from transformers import AutoImageProcessor, AutoModel
 

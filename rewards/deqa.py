@@ -1,6 +1,6 @@
-"""DeQA-Score (You et al. 2025, arXiv:2501.11561): the quality of a picture, whatever it shows.
+"""DeQA-Score (You et al. 2025, arXiv:2501.11561): the quality of an image, whatever it shows.
 
-Its model is mPLUG-Owl2 (Ye et al. 2023, arXiv:2311.04257): a ViT sees the picture, an abstractor
+Its model is mPLUG-Owl2 (Ye et al. 2023, arXiv:2311.04257): a ViT sees the image, an abstractor
 sums it up in 64 tokens, and a LLaMA 2, whose norms, keys and values have weights of their own for
 these tokens, completes "The quality of the image is". The published code needs a transformers of
 2023, so the forward pass is written out here over the published tensors.
@@ -50,7 +50,7 @@ class Network:
         y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
         return self.tensors[f"{name}.weight"] * y.to(x.dtype)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def vision(self, pixels: Tensor) -> Tensor:
         """The ViT: (B, 3, side, side) -> (B, 1 + patches, width)."""
         config, tower = self.config["visual_config"]["visual_model"], "model.vision_model."
         heads, eps = config["num_attention_heads"], config["layer_norm_eps"]
@@ -70,7 +70,7 @@ class Network:
             x = x + self.linear(f"{layer}mlp.fc2", y * torch.sigmoid(1.702 * y))
         return self.norm(f"{tower}post_layernorm", x, eps)
 
-    def abstract(self, seen: Tensor) -> Tensor:
+    def resample(self, seen: Tensor) -> Tensor:
         """The abstractor: (B, 1 + patches, width) -> (B, queries + 1, the LLaMA's width)."""
         config = self.config["visual_config"]["visual_abstractor"]
         tower = "model.visual_abstractor."
@@ -92,8 +92,8 @@ class Network:
         end = self.tensors[f"{tower}vit_eos"].expand(len(x), -1, -1)
         return torch.cat([self.linear(f"{tower}visual_fc", x), end], 1)
 
-    def complete(self, x: Tensor, image: slice) -> Tensor:
-        """The LLaMA: embeddings (B, T, width), a picture at `image` -> the next token's logits."""
+    def language(self, x: Tensor, image: slice) -> Tensor:
+        """The LLaMA: embeddings (B, T, width), an image at `image` -> the next token's logits."""
 
         def multiway(apply, name: str, y: Tensor) -> Tensor:
             words, picture = f"{name}.multiway.0", f"{name}.multiway.1"
@@ -137,7 +137,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def squares(pixels: np.ndarray, grey: list[int]) -> np.ndarray:
-    """Pictures (N, H, W, 3) in the middle of grey squares (N, S, S, 3), S the longer side."""
+    """Images (N, H, W, 3) in the middle of grey squares (N, S, S, 3), S the longer side."""
     number, height, width, _ = pixels.shape
     side = max(height, width)
     square = np.tile(np.uint8(grey), (number, side, side, 1))
@@ -177,11 +177,11 @@ def load(device: torch.device | str, model: str | None = None) -> Reward:
     def deqa(images: Tensor) -> Tensor:
         pixels = processor(list(squares(to_bytes(images), grey)), return_tensors="pt")
         pixels = pixels["pixel_values"].to(device, dtype)
-        picture = network.abstract(network.see(pixels))
+        picture = network.resample(network.vision(pixels))
         text = network.tensors["model.embed_tokens.weight"]
         start, end = (text[each].expand(len(picture), -1, -1) for each in (before, after))
         image = slice(len(before), len(before) + picture.shape[1])
-        logits = network.complete(torch.cat([start, picture, end], 1), image)[:, levels]
+        logits = network.language(torch.cat([start, picture, end], 1), image)[:, levels]
         return logits.float().softmax(1) @ torch.arange(1.0, 6.0, device=device)
 
     return deqa

@@ -5,10 +5,11 @@ metadata: "tag" (one of six tasks), "include" (a list of clauses: "class", "coun
 "color" and "position", a relation and the index of an earlier clause) and perhaps "exclude"
 (clauses, too), as it is or as pandas and datasets write it.
 
-`--reward geneval` is a clean grade from 0 to 1, and 1 only if everything is right. The released
-grade rewards a wrong position and has no lower bound; `geneval_released` reproduces it. Both
-released trainers give the detector RGB where mmdet expects BGR, and Flow-GRPO's server scores JPEG
-files of quality 75; neither is copied, because GenEval itself does neither.
+`--reward geneval` is a grade from 0 to 1: 1 if every clause of "include" is met exactly. It ignores
+"exclude", which `geneval_official` checks. The released grade rewards a wrong position and has no
+lower bound; `geneval_released` reproduces it. Both released trainers give the detector RGB where
+mmdet expects BGR, and Flow-GRPO's server scores JPEG files of quality 75; neither is copied,
+because GenEval itself does neither.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ COLORS = "red orange yellow green blue purple pink brown black white".split()
 RELATIONS = ["left of", "right of", "above", "below"]
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # the confidence that a detection must exceed
-MOST = 16  # detections of a class
-DEAD_ZONE = 0.1  # share of the sum of two boxes' sizes: smaller offsets are none
+MAX_DETECTIONS = 16  # of a class
+DEAD_ZONE = 0.1  # share of the sum of two boxes' sizes: smaller offsets count as zero
 DIRECTION = 0.5  # least share of an offset that makes a relation
 GREY = 0.6  # #999, around an object whose color is asked for
 
@@ -103,7 +104,7 @@ def read_clause(value: Any, index: int, most: int) -> dict:
 
 
 def read_metadata(metadata: dict) -> dict:
-    """A prompt's metadata in GenEval's own form. Raises ValueError if it cannot be judged by."""
+    """A prompt's metadata in GenEval's own form. Raises ValueError if it is not valid."""
     include, exclude = (decoded(metadata.get(key)) for key in ("include", "exclude"))
     if include is None or metadata.get("tag") is None:
         raise ValueError('there is no GenEval metadata ("tag", "include")')
@@ -112,19 +113,19 @@ def read_metadata(metadata: dict) -> dict:
             raise ValueError(f"{name} must be a list of clauses, got {clauses!r}")
     return {
         "tag": metadata["tag"],
-        "include": [read_clause(clause, i, most=MOST) for i, clause in enumerate(include)],
+        "include": [read_clause(each, i, most=MAX_DETECTIONS) for i, each in enumerate(include)],
         "exclude": [read_clause(clause, 0, most=10**6) for clause in exclude or []],
     }
 
 
 def check_prompt(metadata: dict) -> None:
-    """Raise ValueError if no picture can be judged by a prompt's metadata."""
+    """Raise ValueError if a prompt's metadata is not valid."""
     read_metadata(metadata)
 
 
 @dataclass
 class Detection:
-    """An object in a picture."""
+    """An object in an image."""
 
     box: tuple[float, float, float, float]  # left, top, right, bottom, in pixels
     score: float
@@ -137,7 +138,7 @@ Verdict = Callable[[dict, Objects, NameColors], float]
 
 
 def relations(one: Detection, other: Detection) -> set[str]:
-    """How `one` lies to `other`, by their centers: none, one or two of RELATIONS."""
+    """Where `one` is relative to `other`, by their centers: none, one or two of RELATIONS."""
     a, b = np.array(one.box).reshape(2, 2), np.array(other.box).reshape(2, 2)
     offset = a.mean(0) - b.mean(0)
     dead = DEAD_ZONE * ((a[1] - a[0]) + (b[1] - b[0]))
@@ -150,7 +151,7 @@ def relations(one: Detection, other: Detection) -> set[str]:
 
 
 def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, float]:
-    """The verdicts on a picture by checked metadata: "graded" (0 to 1), "strict", "official".
+    """The verdicts on an image by checked metadata: "graded" (0 to 1), "strict", "official".
 
     graded: the mean over clauses of 1 - |count - number| / count (at least 0), and over their
     colors and positions of 1 or 0, which is 0 if the number is wrong. strict: 1 if all of these are
@@ -204,7 +205,7 @@ def load_detector(device: torch.device | str, model: str) -> Callable[[Tensor, f
                 objects.setdefault(CLASSES[label], []).append(detection)
         for detections in objects.values():
             detections.sort(key=lambda one: -one.score)
-        return {name: detections[:MOST] for name, detections in objects.items()}
+        return {name: detections[:MAX_DETECTIONS] for name, detections in objects.items()}
 
     return detect
 
@@ -218,7 +219,7 @@ def crop(image: Tensor, one: Detection) -> Tensor:
 
 
 def load_classifier(device: torch.device | str, model: str) -> Callable[..., list[str]]:
-    """(image, class, its objects) -> a color for each, by CLIP without training."""
+    """(image, class, its objects) -> a color for each, by zero-shot CLIP."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -231,7 +232,7 @@ def load_classifier(device: torch.device | str, model: str) -> Callable[..., lis
             return []
         texts = [form.format(color, name) for color in COLORS for form in TEMPLATES]
         tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        # As PIL images, because an array 1, 3 or 4 pixels high is taken for one of channels first.
+        # As PIL images: an array 1, 3 or 4 pixels high would be taken for channels-first.
         crops = [Image.fromarray(to_bytes(crop(image.cpu(), each)[None])[0]) for each in objects]
         pixels = processor(crops, return_tensors="pt")
         output = clip(**tokens.to(device), **pixels.to(device))  # its embeddings are normalised
@@ -252,7 +253,7 @@ def load(device: torch.device | str, model: str | None = None, verdict: Verdict 
     """GenEval's graded verdict, 0 to 1, or another verdict on the same objects and colors.
 
     GenEval's own Mask2Former (0.3 GB, fetched once) and CLIP ViT-L/14 (1.7 GB), with the packages
-    scipy and opencv-python-headless (of which rapidocr brings the latter). model: others, as
+    scipy and opencv-python-headless (the latter comes with rapidocr). model: replaces them, as
     "detector", "detector,clip" or ",clip": a Mask2Former with a Swin-S as mmdet's checkpoint
     (.pth), a CLIP by name or folder. The reward raises ValueError where `check_prompt` does.
     """

@@ -1,6 +1,6 @@
 """A reward that runs elsewhere, behind HTTP, with JSON both ways.
 
-The server is posted {"images": [PNG files in base64], "prompts": [strings], "metadata": [objects]}
+The trainer posts {"images": [PNG files in base64], "prompts": [strings], "metadata": [objects]}
 and answers {"scores": [a number for each image, or null]}. With Pillow, a server reads an
 image by Image.open(io.BytesIO(base64.b64decode(png))).
 """

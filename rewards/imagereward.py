@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023, arXiv:2304.05977): which picture people choose for a prompt."""
+"""ImageReward (Xu et al. 2023, arXiv:2304.05977): which image people choose for a prompt."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def towers(state: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
-    """BLIP's vision tower and its text tower, which attends to the picture.
+    """BLIP's vision tower and its text tower, which attends to the image.
 
     ImageReward's own package requires a transformers of 2022, so the published tensors go into
     transformers' BLIP.

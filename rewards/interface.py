@@ -77,7 +77,7 @@ def load_own(place: str, function: str) -> Callable:
 
 
 def arguments(reward: Callable, images: Any, prompts: Any, metadata: Any) -> tuple[tuple, dict]:
-    """The arguments to call a reward with, by name if its names suffice, or a TypeError."""
+    """The (args, kwargs) to call a reward with: by name if possible. Raises TypeError."""
     if inspect.isclass(reward):
         raise TypeError(f"{reward.__name__} is a class and must be instantiated")
     signature = inspect.signature(reward.forward if isinstance(reward, torch.nn.Module) else reward)

@@ -1,7 +1,7 @@
 """GenEval's own detector, mmdet 2.x's Mask2Former with a Swin-S, in transformers' Mask2Former.
 
 mmdet needs compiled code and a torch of 2022, so its tensors are renamed here, and what it does to
-a picture before and after the network is written to agree with it bit for bit.
+an image before and after the network is written to agree with it bit for bit.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rewards.interface import need, read_weights
 KIND = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 FOLDER = "https://download.openmmlab.com/mmdetection/v2.0/mask2former"
 URL = f"{FOLDER}/{KIND}/{KIND}_20220504_001756-743b7d99.pth"  # ends as its SHA-256 begins
-LONG, SHORT = 1333, 800  # pixels: a picture is scaled to fill one of the two and exceed neither
+LONG, SHORT = 1333, 800  # pixels: an image is scaled to fill one of the two and exceed neither
 MULTIPLE, GREY = 32, 128  # its sides are padded to this multiple, in this grey
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # red, green, blue, 0 to 255
-PAIRS = 100  # of a query and a class, the most likely ones: what may be a detection
+PAIRS = 100  # candidates for a detection: the most likely pairs of a query and a class
 
 # mmdet's names and transformers' names; all rules apply, in this order. mmdet keeps in one tensor
 # the three that are written [qkv] here.
@@ -68,7 +68,7 @@ RENAMED = [
     (r"^panoptic_head\.mask_embed\.2", f"{T}.decoder.mask_predictor.mask_embedder.1.0"),
     (r"^panoptic_head\.mask_embed\.4", f"{T}.decoder.mask_predictor.mask_embedder.2.0"),
 ]
-# Tensors that only transformers has and that no picture meets: a norm, and a part of the loss.
+# Tensors that only transformers has and that no forward pass uses: a norm, and a part of the loss.
 UNUSED = {f"{E}.swin.layernorm.weight", f"{E}.swin.layernorm.bias", "criterion.empty_weight"}
 
 
@@ -131,7 +131,7 @@ def segment(network: nn.Module, picture: np.ndarray, threshold: float) -> tuple[
     output = network(pixel_values=pixels.to(network.device))
     likely = output.class_queries_logits[0].softmax(-1)[:, :-1]  # the last class is "nothing"
     scores, pairs = likely.flatten().topk(PAIRS)
-    pairs, scores = pairs[scores > threshold], scores[scores > threshold]  # they only get lower
+    pairs, scores = pairs[scores > threshold], scores[scores > threshold]  # scores only fall below
     queries, classes = pairs // likely.shape[1], pairs % likely.shape[1]
     logits = output.masks_queries_logits[0, queries, None]  # (N, 1, h / 4, w / 4)
     logits = F.interpolate(logits, pixels.shape[2:], mode="bilinear")[..., :height, :width]

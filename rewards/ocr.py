@@ -1,4 +1,4 @@
-"""Text rendering (Appendix E of the paper): does the picture show the text that its prompt quotes?
+"""Text rendering (Appendix E of the paper): does the image show the text that its prompt quotes?
 
 The formula is that of the released code (flow_grpo/ocr.py of Luo-Yihong/DGPO), and so is the target
 of each published prompt, which has one text in straight double quotation marks. The paper's numbers
@@ -37,7 +37,7 @@ ALIKE |= {"•": "·", "⁄": "/", "‹": "<", "›": ">", "æ": "ae", "œ": "oe
 
 BOTH_WAYS = set("HINOSXZWM01689nosxzwmupdbql ")  # letters that turned by 180 degrees are letters
 MARGIN = 0.01  # a box is upside down if its turned reading is more confident by this much
-LARGEST = 736  # in larger pictures, the engine misses small words that it finds in a scaled one
+LARGEST = 736  # in larger images, the engine misses small words that it finds in a scaled one
 TALL = 1.5  # height / width from which the engine turns a box by 90 degrees before reading it
 
 
@@ -93,15 +93,10 @@ def quoted_texts(prompt: str) -> list[str]:
     raise RewardError(f"no text in quotation marks in the prompt {prompt!r}")
 
 
-def target_text(prompt: str) -> str:
-    """The texts that a prompt quotes, joined by spaces, or a RewardError."""
-    return " ".join(quoted_texts(prompt))
-
-
 def normal_form(text: str) -> str:
-    """Text without what does not count: case, spaces and ways to write the same sign."""
+    """Text without what does not count: case, spaces and variants of the same character."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = "".join(ALIKE.get(sign, sign) for sign in text)
+    text = "".join(ALIKE.get(character, character) for character in text)
     return "".join(text.split()).replace("°°", "°")  # °F is read as °℉
 
 
@@ -136,15 +131,15 @@ def build_engine(**settings):
 
 @functools.cache
 def alphabet() -> frozenset[str]:
-    """The signs that the engine can write, in normal form."""
+    """The characters that the engine can output, in normal form."""
     engine = build_engine()
     engine.recognize_txt([np.zeros((48, 48, 3), np.uint8)])  # loads the network
     return frozenset(normal_form("".join(engine.text_rec.postprocess_op.character[1:])))
 
 
 def check_prompt(metadata: dict) -> None:
-    """Raise RewardError unless a prompt quotes text, and only signs that the engine can read."""
-    unknown = sorted(set(normal_form(target_text(metadata["prompt"]))) - alphabet())
+    """Raise RewardError unless a prompt quotes text, and only characters that the engine reads."""
+    unknown = sorted(set(normal_form("".join(quoted_texts(metadata["prompt"])))) - alphabet())
     if unknown:
         raise RewardError(f"the OCR engine cannot read {unknown[0]!r} in {metadata['prompt']!r}")
 

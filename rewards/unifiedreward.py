@@ -15,8 +15,8 @@ It is in github.com/CodeGoat24/UnifiedReward: `question` in sglang_llava/sglang_
 UnifiedReward-7b-v1.5 (the same in flow_grpo/rewards.py of Luo-Yihong/DGPO), and "text" in
 inference_qwen/image_generation/qwen_point_score_image_generation.py for the Qwen-VLs.
 
-The released code resizes pictures to 512 px, divides points by 5 and counts an answer without a
-score as 0. Here pictures keep their size, points are 1 to 5, and such an answer is NaN: no score.
+The released code resizes images to 512 px, divides points by 5 and counts an answer without a
+score as 0. Here images keep their size, points are 1 to 5, and such an answer is NaN: no score.
 """
 
 from __future__ import annotations

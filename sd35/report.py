@@ -24,7 +24,7 @@ from sd35.model import VALIDATION, Model, seeded
 from sd35.run import read_metrics, replace_file
 from sd35.settings import Settings, UserError
 
-SHOWN = 32  # validation prompts in the picture; all are scored
+SHOWN = 32  # validation prompts on the sheet; all are scored
 
 GLOSSARY = """\
 - reward, reward_std: mean, and mean std within a group, of the rewards' weighted sum; /NAME is one

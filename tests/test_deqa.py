@@ -109,7 +109,7 @@ def test_the_vision_tower_is_clips_except_for_the_order_of_its_weights(network):
     pixels = random(2, 3, 16, 16)
     with torch.no_grad():
         expected = network.norm(f"{V}post_layernorm", clip(pixels).last_hidden_state, 1e-6)
-        assert torch.allclose(network.see(pixels), expected, atol=1e-5)
+        assert torch.allclose(network.vision(pixels), expected, atol=1e-5)
 
 
 def test_the_abstractor_by_hand(network):
@@ -139,7 +139,7 @@ def test_the_abstractor_by_hand(network):
         y = F.silu(linear(f"{cross}output.mlp.w1", y)) * linear(f"{cross}output.mlp.w3", y)
         x = x + linear(f"{cross}output.mlp.w2", norm(f"{cross}output.mlp.ffn_ln", y, 1e-6))
     expected = torch.cat([linear(f"{A}visual_fc", x), state[f"{A}vit_eos"][0]])
-    assert torch.allclose(network.abstract(seen)[0], expected, atol=1e-5)
+    assert torch.allclose(network.resample(seen)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("image", [slice(3, 3), slice(0, 14), slice(4, 10)])
@@ -147,7 +147,7 @@ def test_it_is_llama_with_other_weights_for_the_pictures_tokens(network, image):
     """Without a picture LLaMA has the words' weights, with nothing else the picture's."""
     embeds = random(2, 14, 32)
     with torch.no_grad():
-        logits = network.complete(embeds, image)
+        logits = network.language(embeds, image)
         expected = []
         for twin in "01":
             llama = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
@@ -201,9 +201,9 @@ def test_the_score_is_the_expected_level(network, published, monkeypatch):
     square[:, :, 7:15] = images
     with torch.no_grad():
         words = network.tensors["model.embed_tokens.weight"]
-        picture = network.abstract(network.see(pil_pixels(square, 16)))[:1]
+        picture = network.resample(network.vision(pil_pixels(square, 16)))[:1]
         embeds = torch.cat([words[before][None], picture, words[after[1:]][None]], 1)
-        logits = network.complete(embeds, slice(len(before), len(before) + 6))[0]
+        logits = network.language(embeds, slice(len(before), len(before) + 6))[0]
     chances = logits[levels].softmax(0)
     expected = sum((i + 1) * chance for i, chance in enumerate(chances.tolist()))
     assert scores[0].item() == pytest.approx(expected, abs=1e-4)

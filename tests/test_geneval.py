@@ -279,7 +279,7 @@ def test_boxes_are_in_the_pictures_own_pixels(tiny_detector):
     assert objects and set(objects) <= set(geneval.CLASSES) and detect(image, 1.0) == {}
     for detections in objects.values():
         scores = [each.score for each in detections]
-        assert scores == sorted(scores, reverse=True) and len(scores) <= geneval.MOST
+        assert scores == sorted(scores, reverse=True) and len(scores) <= geneval.MAX_DETECTIONS
         for each in detections:
             rows, columns = each.mask.nonzero().unbind(1)
             edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)

@@ -35,7 +35,7 @@ from sd35.run import read_metrics
 from sd35.settings import UserError, parse
 
 Pipeline = diffusers.StableDiffusion3Pipeline
-# Guidance scale and sampler steps of the table's pictures. The first pair is that of the training.
+# Guidance scale and sampler steps of the table's images. The first pair is that of the training.
 CONDITIONS = {"": (1.0, 10), ", guidance 2": (2.0, 10), ", 28 steps": (1.0, 28)}
 
 
@@ -46,9 +46,9 @@ class Settings:
     out: str | None = None  # The pipeline's folder. Default: tiny_sd35/out/ and the world's name.
     pretraining: int | None = None  # Steps of pretraining. Default: the world's.
     seed: int = 0  # Of the pretraining's data and noise.
-    samples: int = 96  # Pictures of each task in the table.
+    samples: int = 96  # Images of each task in the table.
     lora: list[str] = field(default_factory=list)  # Test these LoRAs' folders; do not pretrain.
-    figure: str | None = None  # Draw pictures and the LoRAs' rewards in this file.
+    figure: str | None = None  # Draw images and the LoRAs' rewards in this file.
 
 
 def clip_tokenizer(texts: list[str], tokens: int, spelt: bool = False) -> CLIPTokenizer:
@@ -84,9 +84,10 @@ def exact_vae(side: int, channels: int = 3, scale: float = 1.0) -> diffusers.Aut
 
     side: in pixels. channels: 3 for the colors, or 1 for their mean. scale: factor of the latents.
 
-    The GroupNorm and SiLU before each half's last layer are in the way. So each signal s has -s
-    beside it, and two constants C and -C: the mean is then 0 and the std is C/2, up to s^2/C^2, and
-    the norm only divides by a constant. SiLU is the identity far from 0, where a bias puts s.
+    The GroupNorm and SiLU before each half's last layer must do nothing. So each signal s is paired
+    with -s, and two channels hold constants C and -C: the mean is then 0, the std is C/2 up to a
+    relative error of s^2/C^2, and the norm divides by a constant. A bias moves s to where SiLU is
+    the identity.
     """
     vae = diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2,
@@ -202,9 +203,9 @@ def to_latents(pipe: Pipeline, images: Tensor) -> Tensor:
 
 
 def pretrain(pipe: Pipeline, world: ModuleType, steps: int, seed: int = 0) -> Iterator[float]:
-    """Train by flow matching on captions of which world.WRONG belong to another picture.
+    """Train by flow matching; a share world.WRONG of the captions belongs to another image.
 
-    A tenth are empty, so that guidance can be used. Yields the loss of each step.
+    A tenth of the captions is empty, so that guidance can be used. Yields the loss of each step.
     """
     prompts, wrong, batch = world.prompt_lists()["prompts"], world.WRONG, 32
     rng = random.Random(seed)
@@ -243,7 +244,7 @@ def pretrain(pipe: Pipeline, world: ModuleType, steps: int, seed: int = 0) -> It
 
 @torch.no_grad()
 def sample(pipe: Pipeline, prompts: list[dict], seed: int, guidance: float, steps: int) -> Tensor:
-    """A picture of each prompt, (N, 3, H, W) in [0, 1], by calling the pipeline itself."""
+    """An image of each prompt, (N, 3, H, W) in [0, 1], by calling the pipeline itself."""
     generator = torch.Generator().manual_seed(seed)
     settings = {"guidance_scale": guidance, "num_inference_steps": steps, "output_type": "pt"}
     settings["max_sequence_length"] = t5_tokens(pipe)
@@ -301,7 +302,7 @@ def main(world: ModuleType) -> None:
 
 
 def plot(path: str, prompts: list[dict], pictures: dict, judge: Callable, rewards: dict) -> None:
-    """Pictures by the base and the first LoRA above; below, each run's reward over ten steps."""
+    """Images by the base and the first LoRA above; below, each run's reward over ten steps."""
     rows, tasks = [], dict.fromkeys(prompt["task"] for prompt in prompts)
     for (name, images), task in itertools.product([*pictures.items()][:2], tasks):
         chosen = [i for i, prompt in enumerate(prompts) if prompt["task"] == task][:12]

@@ -4,7 +4,7 @@
     python train_sd35.py --config tiny_sd35/shapes.yaml --output_dir runs/shapes
     python -m tiny_sd35.shapes --lora runs/shapes     what it has learned
 
-A third of the captions in pretraining belong to another picture. So the model can draw what a
+A third of the captions in pretraining belong to another image. So the model can draw what a
 prompt asks for and often does not, which is what reinforcement learning can improve.
 """
 
@@ -80,14 +80,14 @@ CELLS = {None: BACKGROUND.expand(3, CELL, CELL)} | {kind: draw_cell(*kind) for k
 
 
 def paint(scenes: list[list]) -> Tensor:
-    """Pictures (N, 3, SIDE, SIDE) in [0, 1]."""
+    """Images (N, 3, SIDE, SIDE) in [0, 1]."""
     cells = torch.stack([CELLS[kind] for scene in scenes for kind in scene])
     grids = cells.view(len(scenes), GRID, GRID, 3, CELL, CELL).permute(0, 3, 1, 4, 2, 5)
     return (grids.reshape(len(scenes), 3, SIDE, SIDE) * 255).round() / 255
 
 
 def read(images: Tensor) -> tuple[list[list], Tensor]:
-    """The scenes in pictures (N, 3, SIDE, SIDE) by the nearest CELLS, and their distances, (N,).
+    """The scenes in images (N, 3, SIDE, SIDE) by the nearest CELLS, and their distances, (N,).
 
     The distance is the root mean square error against a drawing of the scene.
     """
@@ -100,7 +100,7 @@ def read(images: Tensor) -> tuple[list[list], Tensor]:
 
 
 def grade(scene: list, prompt: dict) -> float:
-    """0 to 1: the mean grade of each kind's number, of nothing else being there, of the side."""
+    """0 to 1: the mean of a grade for each kind's count, one for no surplus, one for the side."""
     seen = Counter(kind for kind in scene if kind)
     wanted = Counter(tuple(kind) for kind in prompt["objects"])
     grades = [max(0.0, 1 - abs(seen[kind] - n) / n) for kind, n in wanted.items()]
@@ -164,7 +164,7 @@ def prompt_lists() -> dict[str, list[dict]]:
 
 
 def columns() -> dict:
-    """The table by heading: a judge, the task whose pictures it scores (or None), and decimals."""
+    """The table by heading: a judge, the task whose images it scores (or None), and decimals."""
     tasks = {task: (strict, task, 3) for task in TASKS}
     return {"all": (strict, None, 3), **tasks, "cleanness": (cleanness, None, 4)}
 

@@ -6,7 +6,7 @@
 
 The reward is the paper's for text rendering (Appendix E), by rewards/ocr.py: a pretrained network
 that knows nothing of this world. The tokenizers spell the word letter by letter. As in shapes.py,
-many captions in pretraining belong to another picture.
+many captions in pretraining belong to another image.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from rewards import Reward, ocr, to_bytes
 from sd35.run import run_script
 from tiny_sd35 import pipeline
 
-# Left out are F G H I N Q T: at this size, the OCR often reads F as E, G as 6, H as K and T as I,
-# and such a reward would teach the model to write something else.
+# F G H I N Q T are left out. At this size, the OCR often reads F as E, G as 6, H as K and T as I,
+# for example, and such a reward would teach the model to write something else.
 ALPHABET = "ABCDEJKLMOPRSUVWXYZ"
 GLYPHS = ALPHABET + " "
 LENGTH = 4  # letters of a word, each in a cell
@@ -70,7 +70,7 @@ def glyphs() -> Tensor:
 
 
 def paint(words: list[str]) -> Tensor:
-    """Pictures (N, 3, SIDE, SIDE) in [0, 1] of the words, black on white."""
+    """Images (N, 3, SIDE, SIDE) in [0, 1] of the words, black on white."""
     images = torch.ones(len(words), 3, SIDE, SIDE)
     for image, word in zip(images, words, strict=True):
         image[:, ROW] = torch.cat([glyphs()[GLYPHS.index(letter)] for letter in word], 1)
@@ -79,7 +79,7 @@ def paint(words: list[str]) -> Tensor:
 
 @functools.cache
 def reader(width: int) -> Reward:
-    """The OCR reward for pictures of one line, read at a width of this many pixels."""
+    """The OCR reward for images of one line, read at a width of this many pixels."""
     return ocr.load("cpu", line=width)
 
 
@@ -125,7 +125,7 @@ def reread_elsewhere(images: Tensor, metadata: list[dict]) -> list[float]:
 
 
 def read(images: Tensor) -> tuple[list[str], Tensor]:
-    """The words in pictures (N, 3, SIDE, SIDE) by the nearest glyphs, and their distances, (N,).
+    """The words in images (N, 3, SIDE, SIDE) by the nearest glyphs, and their distances, (N,).
 
     The distance is the root mean square error against a drawing of the word.
     """
@@ -187,7 +187,7 @@ def table_prompts(n: int) -> list[dict]:
 
 
 def drawn(prompts: list[dict]) -> Tensor:
-    """Pictures for a first row of the table, with the best scores that are possible."""
+    """Drawings of the words, for the table's first row: the best possible scores."""
     return paint([prompt["word"] for prompt in prompts])
 
 
