@@ -48,7 +48,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("prompt", TARGETS)
 def test_the_target_is_what_is_quoted(prompt):
-    assert ocr.target_text(prompt) == TARGETS[prompt]
+    assert " ".join(ocr.quoted_texts(prompt)) == TARGETS[prompt]
 
 
 REFUSED = {
@@ -65,7 +65,7 @@ REFUSED = {
 @pytest.mark.parametrize("prompt", REFUSED)
 def test_a_prompt_without_a_clear_target_is_refused_by_name(prompt):
     with pytest.raises(rewards.RewardError, match=REFUSED[prompt]) as caught:
-        ocr.target_text(prompt)
+        ocr.quoted_texts(prompt)
     assert repr(prompt) in str(caught.value)
 
 
@@ -75,7 +75,8 @@ def test_prompts_as_the_published_ones_have_their_only_quotation_as_target():
     words = "a sign reads It's 50% o'clock Cafe 2024 the dogs' well-lit".split()
     for _ in range(300):
         before, text, after = (" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(3))
-        assert ocr.target_text(f'{before}, "{text}"{rng.choice(".,; ")} {after}.') == text
+        prompt = f'{before}, "{text}"{rng.choice(".,; ")} {after}.'
+        assert ocr.quoted_texts(prompt) == [text]
 
 
 SIMILARITIES = [

@@ -188,7 +188,7 @@ def test_no_prompt_is_the_benchmarks_in_either_order(benchmark):
 
 def test_text_prompts_quote_a_phrase_and_the_splits_share_none():
     train, test = prompts.text_prompts(2000), prompts.text_prompts(1000, "test")
-    phrases = [{ocr.target_text(prompt) for prompt in split} for split in (train, test)]
+    phrases = [{" ".join(ocr.quoted_texts(prompt)) for prompt in split} for split in (train, test)]
     assert len(set(train)) == 2000 and len(set(test)) == 1000
     assert not phrases[0] & phrases[1] and min(map(len, phrases)) > 400
     assert prompts.text_prompts(50, seed=1) == prompts.text_prompts(50, seed=1) != train[:50]

@@ -19,7 +19,7 @@ def test_test_words_are_in_no_training_set():
     training, test = ({prompt["word"] for prompt in part} for part in (TRAINING, TEST))
     assert (len(training), len(test)) == (words.TRAINING, words.TEST)  # each word once
     assert not training & test
-    assert all(ocr.target_text(prompt["prompt"]) == prompt["word"] for prompt in TRAINING)
+    assert all(ocr.quoted_texts(prompt["prompt"]) == [prompt["word"]] for prompt in TRAINING)
     for place in range(words.LENGTH):  # every letter is learned in every place
         assert {word[place] for word in training} == set(words.ALPHABET)
     assert {p["task"] for p in words.prompt_lists()["prompts"]} == {"training"}
