@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from lab import figures, protocol, sweeps, tiny, worlds
-from lab.methods import METHODS, VARIANTS, Setting
+from lab.methods import METHODS, Setting
 from lab.protocol import Computer, Results, Run, successes
 from sd35.run import replace_file, run_script
 from sd35.settings import UserError, parse
@@ -36,9 +36,9 @@ TINY = ("Bounded DGPO", "Flow-GRPO", "DGPO", "DiffusionNFT", "Diffusion-DPO")
 IN_WORDS = (*TINY, "Linear-DPO", "ThermoDPO")  # the two of 2026 that do best in ring-2
 COMPARED |= {
     "words": IN_WORDS,
-    "words-2": (*TINY[:3], "Diffusion-DPO", *VARIANTS),
+    "words-2": (*TINY[:3], "Diffusion-DPO"),
     "words-3": IN_WORDS,
-    "shapes": (*TINY, "DGPO, bounded pairs"),
+    "shapes": TINY,
 }
 EXPERIMENTS = ("methods", *sweeps.SWEEPS)
 
@@ -62,7 +62,7 @@ class Arguments:
     out: str = "lab/out"  # The folder of finished runs, so that a stopped search can continue.
 
     def __post_init__(self) -> None:
-        for flag, known in (("worlds", [*COMPARED]), ("methods", [*METHODS, *VARIANTS])):
+        for flag, known in (("worlds", COMPARED), ("methods", METHODS)):
             for name in getattr(self, flag):
                 if name not in known:
                     raise UserError(f"--{flag}: there is no {name}, only {', '.join(known)}")
@@ -94,29 +94,24 @@ class Comparison:
         jobs = []
         for world, names in COMPARED.items():
             for name in names:
-                if name in METHODS and searched_in(world) == world:
+                if searched_in(world) == world:
                     jobs.append(("methods", world, "searches", name, self.search))
                 jobs.append(("methods", world, "reports", name, self.report))
-        for name, sweep in sweeps.SWEEPS.items():
-            jobs += [(name, world, "sweeps", name, self.sweep) for world in sweep.in_worlds]
+        for name in sweeps.SWEEPS:
+            jobs += [(name, world, "sweeps", name, self.sweep) for world in sweeps.WORLDS]
         return jobs
 
     def searched(self, world: str, name: str) -> dict[str, Any]:
-        """The result of a search; for a variant, of the method whose setting it changes."""
-        of = VARIANTS.get(name, (name,))[0]
+        """The result of a search."""
         searches = self.results.of(searched_in(world), "searches")
-        if of not in searches:
-            raise UserError(f"no search of {of} in {world} is finished; run --full first")
-        return searches[of]
-
-    def chosen(self, world: str, name: str) -> dict[str, Any]:
-        """What the search has chosen, where it is not the default, with a variant's change."""
-        change = VARIANTS.get(name, (name, {}))[1]
-        return {**self.searched(world, name)["best"], **change}
+        if name not in searches:
+            raise UserError(f"no search of {name} in {world} is finished; run --full first")
+        return searches[name]
 
     def setting(self, world: str, name: str) -> Setting:
-        method, base = VARIANTS.get(name, (name,))[0], module_of(world).base_setting(world)
-        return replace(base, method=method, **self.chosen(world, name))
+        """The setting that the search has chosen."""
+        base = module_of(world).base_setting(world)
+        return replace(base, method=name, **self.searched(world, name)["best"])
 
     def runs(
         self, title: str, world: str, settings: list[Setting], seeds: tuple, share: float, *how: Any
@@ -152,10 +147,9 @@ class Comparison:
 
     def sweep(self, world: str, name: str) -> dict[str, list[dict[str, Any]]]:
         """One thing changed at a time around the chosen settings, on four of the reports' seeds."""
-        sweep = sweeps.SWEEPS[name]
         chosen = {name: self.setting(world, name) for name in MAIN}
-        changes, how = sweep.changes(chosen), (sweep.share, sweep.followed)
-        runs = self.runs(name, world, list(changes.values()), (0, 1, 2, 3), *how)
+        changes = sweeps.SWEEPS[name](chosen)
+        runs = self.runs(name, world, list(changes.values()), (0, 1, 2, 3), *sweeps.HOW[name])
         stored = [[run.stored(curve=False) for run in each] for each in runs]
         return dict(zip(changes, stored, strict=True))
 
@@ -184,10 +178,10 @@ class Comparison:
             "tiny": table(TINY_HEADER, self.tiny_rows(on_tiny)),
             "tiny chosen": table(CHOSEN_HEADER, self.chosen_rows(on_tiny)),
         }
-        for name, sweep in sweeps.SWEEPS.items():
+        for name in sweeps.SWEEPS:
             rows = [
                 [world, changed, *run_cells(world, list(map(Run.load, stored)))]
-                for world in sweep.in_worlds
+                for world in sweeps.WORLDS
                 for changed, stored in self.results.of(world, "sweeps").get(name, {}).items()
             ]
             tables[name] = table(["world", "changed", *RUN_HEADER], rows)
@@ -233,8 +227,8 @@ class Comparison:
     def chosen_rows(self, reports: figures.Reports) -> list[list[str]]:
         rows = []
         for world, name, _, _ in each(reports):
-            chosen = ", ".join(f"{k} {v}" for k, v in self.chosen(world, name).items())
             search = self.searched(world, name)
+            chosen = ", ".join(f"{k} {v}" for k, v in search["best"].items())
             notes = [", ".join(search[key]) or "-" for key in ("widened", "edges")]
             rows.append([world, name, chosen, *notes])
         return rows
@@ -242,15 +236,14 @@ class Comparison:
     def tiny_rows(self, reports: figures.Reports) -> list[list[str]]:
         rows = []
         for world, name, runs, by_method in each(reports):
-            goal, search = tiny.make(world).near, self.searched(world, name)
-            near = {
+            goal, search = tiny.make(world).lower, self.searched(world, name)
+            lower = {
                 other: [replace(run, reached=goal.cost_to_reach(run)) for run in by_method[other]]
                 for other in by_method
             }
             tried = [str(search["tried"]), "{} of {}".format(*search["works"])]
-            tried = [f"as {VARIANTS[name][0]}", "-"] if name in VARIANTS else tried
             cells = [*cost_cells(runs), tiny_ratio(name, by_method)]
-            cells += [*cost_cells(near[name]), tiny_ratio(name, near)]
+            cells += [*cost_cells(lower[name]), tiny_ratio(name, lower)]
             mark = "" if successes(runs) == len(runs) else "> "
             cells.append(f"{mark}{mean(run.at(run.cost).seconds for run in runs):.0f}")
             cells.append(f"{mean(run.end.reward for run in runs):.3f}")
@@ -275,15 +268,15 @@ def is_gate(method: str) -> bool:
     return METHODS[method].enters.startswith("gate")
 
 
-RUN_HEADER = ["success", "cost, thousands of forwards", "quality", "spread", "progress"]
+RUN_HEADER = ["success", "cost, thousands of passes", "quality", "spread", "progress"]
 FAMILY_HEADER = ["how the reward enters", "method"]
 FAMILY_HEADER += [f"{world}: {what}" for world in IN_2D for what in ("success", "cost")]
 FAMILY_HEADER += ["random settings that succeed"]
 METHODS_HEADER = ["world", "method", *RUN_HEADER, "cost, over DGPO's"]
-METHODS_HEADER += ["random settings that succeed", "search, millions of forwards"]
+METHODS_HEADER += ["random settings that succeed", "search, millions of passes"]
 CHOSEN_HEADER = ["world", "method", "chosen, where it is not the default", "widened", "at an edge"]
 TINY_HEADER = ["world", "method", "settings tried", "that work", *RUN_HEADER[:2], "ratio"]
-TINY_HEADER += ["near: success", "near: cost", "near: ratio", "CPU seconds"]
+TINY_HEADER += [f"lower goal: {what}" for what in ("success", "cost", "ratio")] + ["CPU seconds"]
 TINY_HEADER += ["accuracy at the end", "quality: base, end"]
 
 
@@ -316,10 +309,10 @@ def cost_cells(runs: list[Run]) -> list[str]:
 
 
 def tiny_ratio(name: str, by_method: figures.ByMethod) -> str:
-    """The cost over that of Bounded DGPO."""
+    """The cost over DGPO's."""
     spacing = tiny.GRID[1] / tiny.GRID[0]
-    compared = by_method["Bounded DGPO"], by_method[name]
-    return "1" if name == "Bounded DGPO" else protocol.ratio_of_few(*compared, spacing)
+    compared = by_method["DGPO"], by_method[name]
+    return "1" if name == "DGPO" else protocol.ratio_of_few(*compared, spacing)
 
 
 def page(tables: dict[str, str]) -> str:

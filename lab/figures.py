@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lab import methods
-from lab.methods import METHODS, VARIANTS, Setting
+from lab.methods import METHODS, Setting
 from lab.protocol import Goal, Run
 from sd35.run import replace_file
 
@@ -30,7 +30,7 @@ Reports = dict[str, ByMethod]  # by world
 
 def style(method: str) -> dict[str, Any]:
     """The look of a method's line, the same in all figures."""
-    i = [*METHODS, *VARIANTS].index(method)
+    i = list(METHODS).index(method)
     look = {"color": COLORS[i % 8], "ls": LINES[i % 3], "marker": MARKERS[(i + 3 * (i // 8)) % 8]}
     return {**look, "lw": 2, "ms": 8, "markevery": 12}
 
@@ -82,7 +82,7 @@ def plot_curves(path: Path, plotted: list[tuple[str, Goal, ByMethod]]) -> None:
             panel.fill_between(costs, low, high, color=line.get_color(), alpha=0.15, lw=0)
         panel.axhline(goal.progress, color="black", ls="--", lw=1)
         panel.set(xscale="log", xlim=(costs[0], budget), ylim=(-0.2, 1.3))
-    save(figure, path, "cost, forwards of one sample", "progress", axes)
+    save(figure, path, "cost, forward passes of one sample", "progress", axes)
 
 
 FAMILY = {

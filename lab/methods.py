@@ -46,7 +46,7 @@ class Setting:
 
     method: str = "DGPO"  # a key of METHODS
     learning_rate: float = 1.5e-3
-    decay: float | None = None  # forwards after which the learning rate has halved
+    decay: float | None = None  # cost at which the learning rate has halved
     average: float | None = None  # decay of the averaged weights that are evaluated
     beta: float = 1.0  # as published; for DiffusionNFT its b
     kl: float = 0.01  # weight of ||v - v_ref||^2; for Flow-GRPO of the KL of a step in nats
@@ -408,15 +408,6 @@ METHODS = {
         COMMON | EXTREMES | SDE,
         {"sde_noise": 0.7, "clip": 0.2, "kl": 0.01},
     ),
-}
-
-
-# On the tiny SD3.5, there are variants, too: what was chosen for a method, with a change.
-VARIANTS = {
-    "DGPO, bounded pairs": ("Diffusion-DPO", {"bound": 1.0}),
-    "DGPO offline": ("DGPO", {"offline": True}),
-    "DGPO, SDE rollouts": ("DGPO", {"sde_noise": 0.7}),
-    "DGPO, t_min 0": ("DGPO", {"t_min": 0.0}),
 }
 
 

@@ -1,7 +1,7 @@
 """The protocol of the comparison, the same for the 2-D worlds and for the tiny SD3.5.
 
-Runs: cost is counted in forwards of one sample, and a run succeeds if it reaches its goal and holds
-it. Search: every method's hyperparameters are chosen alike, on seeds that are never reported.
+Runs: cost is counted in forward passes of one sample, and a run succeeds if it reaches its goal and
+holds it. Search: every method's hyperparameters are chosen alike, on seeds that are never reported.
 Results: the saved files. Intervals: how certain a number is.
 """
 
@@ -31,7 +31,7 @@ from sd35.settings import UserError
 
 
 class Evaluation(NamedTuple):
-    cost: int  # of the training so far, in forwards of one sample; a backward counts two
+    cost: int  # of the training so far, in forward passes of one sample; a backward counts two
     reward: float  # the mean of what is trained on
     quality: float | None = None  # by a judge that no run trains on
     spread: float | None = None  # diversity: the std of samples over the data's
@@ -250,7 +250,7 @@ def search(
 
     Returns as JSON: best, the fields in which the best setting differs from base; tried, the number
     of settings; works, how many random settings work in the first rung, and of how many; spent, in
-    forwards; widened, the ranges that were, in words; edges, the fields of the best still at one.
+    forward passes; widened, which ranges were, in words; edges, the fields of the best at an edge.
     """
     space, widened, spent, finalists = dict(space), [], {}, {}
     cheap = {name: value for name, value in plan.cheap.items() if name in space}

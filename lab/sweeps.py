@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 from lab import worlds
 from lab.methods import METHODS, Setting
@@ -62,16 +60,6 @@ def beta(chosen: Chosen) -> Changes:
     return {f"beta {b:g}": replace(chosen["DGPO"], beta=b) for b in (0.01, 0.1, 1, 10, 100)}
 
 
-def groups(chosen: Chosen) -> Changes:
-    """G at the same number of samples in a rollout."""
-    best = chosen["DGPO"]
-    samples = best.prompts_per_step * best.group_size
-    return {
-        f"G = {G}": replace(best, group_size=G, prompts_per_step=max(1, samples // G))
-        for G in (2, 4, 8, 24)
-    }
-
-
 def variants(chosen: Chosen) -> Changes:
     """Fig. 5, Section 3.2, and what released trainers have."""
     best, flow_grpo = chosen["DGPO"], chosen["Flow-GRPO"]
@@ -91,15 +79,7 @@ def variants(chosen: Chosen) -> Changes:
     }
 
 
-class Sweep(NamedTuple):
-    changes: Callable[[Chosen], Changes]
-    in_worlds: tuple[str, ...] = ("ring-2", "blobs")
-    share: float = 0.5  # of the world's budget
-    followed: float = worlds.FOLLOWED
-
-
-SWEEPS = {
-    sweep.__name__: Sweep(sweep)
-    for sweep in (ablation, one_setting, extremes, clip, groups, variants)
-}
-SWEEPS["beta"] = Sweep(beta, share=1.0, followed=math.inf)
+WORLDS = ("ring-2", "blobs")
+SWEEPS = {each.__name__: each for each in (ablation, one_setting, extremes, clip, variants, beta)}
+# The share of the budget, and how long a run is followed: see worlds.run.
+HOW = dict.fromkeys(SWEEPS, (0.5, worlds.FOLLOWED)) | {"beta": (1.0, math.inf)}

@@ -38,8 +38,8 @@ GRID = [2 ** (-k / 4) for k in range(24, -1, -1)]  # shares of the budget: where
 class World:
     kind: str  # "words" or "shapes"
     goal: Goal  # accuracy on the validation prompts; quality is cleanness, which no run trains on
-    near: Goal  # a lower one, to compare methods that do not reach the goal
-    budget: int  # forwards of a run that is reported
+    lower: Goal  # to compare methods that do not reach the other
+    budget: int  # forward passes of a run that is reported
     prompts: int  # how many of the validation prompts an evaluation draws, at most
     draws: int  # images of each
 

@@ -40,7 +40,7 @@ class World:
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     goal: Goal  # its best: the most that a ring's reward can be, and the mean over the best blobs
     spread: float  # std of the positions of these under one condition
-    budget: int = 1_500_000  # forwards of a run that is reported
+    budget: int = 1_500_000  # forward passes of a run that is reported
 
 
 class SkipNet(flow2d.VelocityNet):
@@ -233,7 +233,7 @@ def draw(
 
 EVALUATION_STEPS = 20  # of the ODE solver; rollouts take 10 or fewer, as the paper's do
 SAMPLES = 64  # for each condition in an evaluation
-FIRST, APART = 10_000, 1.1  # evaluations are 10,000 forwards apart, and later 10 % of the cost
+FIRST, APART = 10_000, 1.1  # evaluations are this cost apart, later 10 % of the cost so far
 FOLLOWED = 4.0  # a successful run ends at this many times its cost to reach the goal ...
 AT_LEAST = 0.25  # ... and not before this share of the world's budget
 
