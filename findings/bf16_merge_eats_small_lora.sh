@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A LoRA that moves bf16 weights by 0.1 %, merged: most of it is gone, and not as noise that averages out.
+# Merging a small LoRA into bf16 weights loses most of it; the rounding does not average out.
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
@@ -34,5 +34,5 @@ for dtype in (torch.float32, torch.bfloat16):
         share, unmoved = merge(dtype, size)
         print(f"  {dtype}, weights to be moved by {size:.2%}: {share:.0%} left, {unmoved:.0%} did not move")
         if size <= 1e-3:
-            assert (share > 0.99) if dtype == torch.float32 else (share < 0.5), "it behaves otherwise now"
+            assert (share > 0.99) if dtype == torch.float32 else (share < 0.5), "the behaviour has changed"
 PY

@@ -25,5 +25,5 @@ with zipfile.ZipFile(session) as file:
 kept = sorted((event["iter"], event["value"]) for event in events if event.get("metric") == "loss")
 print("happens: logged", dict(enumerate(losses)))
 print("         kept  ", dict(kept))
-assert kept == [(0, 3.0), (1, 2.0), (2, 0.0), (3, 0.0), (4, 0.0)], "it behaves otherwise now"
+assert kept == [(0, 3.0), (1, 2.0), (2, 0.0), (3, 0.0), (4, 0.0)], "the behaviour has changed"
 PY

@@ -31,7 +31,7 @@ print(f"  one time for all: {(plain - data).abs().max():.1e}")
 print(f"  the same time for each token: {(token - data).abs().max():.2f}, and from 2 eps - x0:"
       f" {(token - away).abs().max():.1e}")
 print(f"  the same, network output negated: {(flipped - data).abs().max():.1e}")
-assert torch.allclose(plain, data, atol=1e-5), "it behaves otherwise now"
-assert torch.allclose(token, away, atol=1e-5), "it behaves otherwise now"
-assert torch.allclose(flipped, data, atol=1e-5), "it behaves otherwise now"
+assert torch.allclose(plain, data, atol=1e-5), "the behaviour has changed"
+assert torch.allclose(token, away, atol=1e-5), "the behaviour has changed"
+assert torch.allclose(flipped, data, atol=1e-5), "the behaviour has changed"
 PY

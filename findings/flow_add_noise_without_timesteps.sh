@@ -30,6 +30,6 @@ for kind in (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistep
     print("  after set_timesteps(10): x0", after[0], "eps", after[1])
     # New: sigmas of a variance-exploding schedule, in falling order. After: any t that is not one of the ten
     # steps counts as the last of them.
-    assert fresh[1][0] > 60 > 3 > fresh[1][2] and fresh[0][0] < -59, "it behaves otherwise now"
-    assert len(set(after[1])) == 1 and 0.24 < after[1][0] < 0.26, "it behaves otherwise now"
+    assert fresh[1][0] > 60 > 3 > fresh[1][2] and fresh[0][0] < -59, "the behaviour has changed"
+    assert len(set(after[1])) == 1 and 0.24 < after[1][0] < 0.26, "the behaviour has changed"
 PY

@@ -24,6 +24,6 @@ for batch in (4, 16):
         except RuntimeError as fault:
             worst[batch, name] = None
             print(f"happens: {batch:2} pictures of 16 x 16, {name:14}: an error,", str(fault)[:40], "...")
-assert worst[4, "t (B,)"] is None and worst[16, "t (B,)"] > 1, "it behaves otherwise now"
-assert max(worst[4, "t (B, 1, 1, 1)"], worst[16, "t (B, 1, 1, 1)"]) < 1e-5, "it behaves otherwise now"
+assert worst[4, "t (B,)"] is None and worst[16, "t (B,)"] > 1, "the behaviour has changed"
+assert max(worst[4, "t (B, 1, 1, 1)"], worst[16, "t (B, 1, 1, 1)"]) < 1e-5, "the behaviour has changed"
 PY

@@ -36,5 +36,5 @@ for algo in ("lora", "loha", "lokr"):
         merged = net[0](x) - base()[0](x)
         share = ((merged * applied).sum() / applied.square().sum()).item()
         print(f"  {algo}, alpha {alpha}: {share:.3f}")
-        assert abs(share - (1 if algo == "lora" else alpha / 8)) < 1e-3, "it behaves otherwise now"
+        assert abs(share - (1 if algo == "lora" else alpha / 8)) < 1e-3, "the behaviour has changed"
 PY

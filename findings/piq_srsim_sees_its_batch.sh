@@ -35,5 +35,5 @@ def score(noisy, *beside):
 print("happens: noise 0.09 and noise 0.10 alone", round(score(better), 3), round(score(worse), 3))
 for name, beside in (("gray picture", gray), ("black one with a white dot", dot)):
     print(f"  beside a {name}:", round(score(better, beside), 3), round(score(worse, beside), 3))
-assert score(better) > score(worse) and score(better, gray) < score(worse, dot) - 0.02, "it behaves otherwise now"
+assert score(better) > score(worse) and score(better, gray) < score(worse, dot) - 0.02, "the behaviour has changed"
 PY

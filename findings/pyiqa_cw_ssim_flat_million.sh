@@ -28,7 +28,7 @@ for name, a, b in (("texture, itself", texture, texture), ("texture, black", tex
                    ("black, itself", black, black), ("black, white", black, white), ("gray, white", gray, white)):
     scores[name] = metric(a, b).item()
     print(f"happens, {name}: {scores[name]:.6g}")
-assert scores["texture, itself"] < 1.01 and scores["black, white"] > 1e5, "it behaves otherwise now"
+assert scores["texture, itself"] < 1.01 and scores["black, white"] > 1e5, "the behaviour has changed"
 batch = metric(torch.cat([texture, black]), torch.cat([texture, black])).mean().item()
 print(f"  the mean over a textured picture and a black one: {batch:.6g}")
 PY

@@ -26,5 +26,5 @@ for sign in ("OPEN", "NULL", "None", "NA", "nan", "007", "3.10", "1e5", "ROOM 00
         changed[sign] = str(read)
 assert changed == {
     **dict.fromkeys(("NULL", "None", "NA", "nan"), "[nan]"), "007": "[7.0]", "3.10": "[3.1]", "1e5": "[100000.0]"
-}, "it behaves otherwise now"  # beside another word, 007 stays: pandas guesses a type for a whole picture
+}, "the behaviour has changed"  # beside another word, 007 stays: pandas guesses a type for a whole picture
 PY

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Merging a LoRA into a base that optimum-quanto holds in 8 bits: nothing is merged, nobody is told.
+# Merging a LoRA into a base that optimum-quanto holds in 8 bits: nothing is merged, without a warning.
 set -euo pipefail
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
@@ -31,5 +31,5 @@ with warnings.catch_warnings(record=True) as caught:
 print(f"happens: the LoRA changes the output by {change.norm() / base.norm():.0%}; of that,",
       f"{(merged - base).norm() / change.norm():.0%} is left when it is merged; {len(caught)} warnings")
 assert change.norm() > 0.1 * base.norm()
-assert torch.equal(merged, base) and not caught, "it behaves otherwise now"
+assert torch.equal(merged, base) and not caught, "the behaviour has changed"
 PY

@@ -34,6 +34,6 @@ for size in (16, 20, 48):
     hits[size] = np.sum(found, 0).tolist()
     print(f"happens: {len(words)} words of {size} px, read at 1024 x 1024: {hits[size][0]}; scaled to 512 x 512:"
           f" {hits[size][1]}; the middle 512 x 512: {hits[size][2]}")
-assert max(hits[16][0], hits[20][0]) <= 1 and min(hits[16][1:] + hits[20][1:]) >= 6, "it behaves otherwise now"
-assert min(hits[48]) == len(words), "it behaves otherwise now"
+assert max(hits[16][0], hits[20][0]) <= 1 and min(hits[16][1:] + hits[20][1:]) >= 6, "the behaviour has changed"
+assert min(hits[48]) == len(words), "the behaviour has changed"
 PY

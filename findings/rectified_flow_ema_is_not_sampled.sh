@@ -35,5 +35,5 @@ ends = {use: round(flow.sample(noise=noise, use_ema=use).mean().item(), 4) for u
 loss = flow(torch.rand(4, 1, 2, 2), return_loss_breakdown=True)[1]
 print(f"happens: velocity of the average {average}; where samples end, by use_ema: {ends}")
 print(f"         consistency loss between velocity 3 and velocity 1: {loss.velocity_match.item()}")
-assert average == 1 and ends[True] == 3 and loss.velocity_match == 0, "it behaves otherwise now"
+assert average == 1 and ends[True] == 3 and loss.velocity_match == 0, "the behaviour has changed"
 PY

@@ -34,6 +34,6 @@ for kind, settings in ((RectifiedFlow, {"data_unnormalize_fn": lambda x: x}), (N
         end = flow.sample(noise=torch.zeros(1, 1, 2, 2), steps=steps).mean().item()
         found[kind.__name__, steps] = round(end, 5), network.calls
         print(f"happens: {kind.__name__}, steps={steps}: ends at {end:.2f} after {network.calls} evaluations")
-assert found["RectifiedFlow", 1] == (0, 0) and found["RectifiedFlow", 4] == (1, 6), "it behaves otherwise now"
-assert found["RectifiedFlow", 16] == (1, 30) and found["NanoFlow", 1] == (1, 1), "it behaves otherwise now"
+assert found["RectifiedFlow", 1] == (0, 0) and found["RectifiedFlow", 4] == (1, 6), "the behaviour has changed"
+assert found["RectifiedFlow", 16] == (1, 30) and found["NanoFlow", 1] == (1, 1), "the behaviour has changed"
 PY

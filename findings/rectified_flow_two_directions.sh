@@ -36,5 +36,5 @@ for kind, settings in ((RectifiedFlow, same), (MeanFlow, {"prob_default_flow_obj
     found.append((torch.allclose(x, 10 * times), torch.allclose(x, 10 * (1 - times))))
     found.append(round(flow.sample(noise=noise, batch_size=8).mean().item(), 4))
     print(f"happens: {kind.__name__}: time 1 is data, noise: {found[-2]}; output 1 moves noise by {found[-1]:+}")
-assert found == [(True, False), 1, (False, True), -1], "it behaves otherwise now"
+assert found == [(True, False), 1, (False, True), -1], "the behaviour has changed"
 PY

@@ -33,6 +33,6 @@ for file in ("plain", "alpha"):
     except ValueError as error:
         results[file] = f"ValueError: {error}"
     print(f"happens, {file}:", results[file])
-assert results["plain"].startswith("loaded"), "it behaves otherwise now"
-assert "contain `'lora'`" in results["alpha"], "it behaves otherwise now"
+assert results["plain"].startswith("loaded"), "the behaviour has changed"
+assert "contain `'lora'`" in results["alpha"], "the behaviour has changed"
 PY

@@ -35,5 +35,5 @@ pipe.load_lora_weights(".", weight_name="lora.safetensors")
 same = torch.equal(transformer(**x).sample, before)
 print("happens: no error; adapters:", pipe.get_list_adapters(), "; output unchanged to the bit:", same)
 print("  the log says:", [line for line in open("log") if "prefix='transformer'" in line][0].strip()[:140])
-assert same and not pipe.get_list_adapters(), "it behaves otherwise now"
+assert same and not pipe.get_list_adapters(), "the behaviour has changed"
 PY

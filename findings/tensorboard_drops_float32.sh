@@ -32,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 kept = EventAccumulator("run").Reload().Tags()["scalars"]
 for name, value in numbers.items():
     print(f"happens: {name:16} {type(value).__name__:8} {'kept' if name in kept else 'left out'}")
-assert sorted(kept) == ["float", "numpy_of_float64", "tensor"], "it behaves otherwise now"
+assert sorted(kept) == ["float", "numpy_of_float64", "tensor"], "the behaviour has changed"
 PY
 ! grep -E "numpy_|array|TensorBoard|[Dd]ropp" "$work/log" || { echo "it says so now"; exit 1; }
 echo "         (and nothing is said)"

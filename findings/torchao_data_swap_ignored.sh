@@ -32,5 +32,5 @@ for config, name in ((None, "plain"), (Int8WeightOnlyConfig(), "int8"), (Float8W
         p.data = q.data
     is_like = [key for key, output in outputs.items() if torch.allclose(net(x), output, atol=1e-5)]
     print(f"  {name}: {is_like}")
-    assert is_like == [list(outputs)[config is not None]], "it behaves otherwise now"
+    assert is_like == [list(outputs)[config is not None]], "the behaviour has changed"
 PY

@@ -33,5 +33,5 @@ for n in range(1, 51):
     distance, norm = (weight - before).norm() / before.norm(), weight.norm() / before.norm()
     if n in (1, 10, 50):
         print(f"  fused and unfused {n} times: {distance:.3f}, {norm:.3f}")
-assert distance > 0.05, "it behaves otherwise now"
+assert distance > 0.05, "the behaviour has changed"
 PY

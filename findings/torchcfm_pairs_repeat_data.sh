@@ -21,10 +21,10 @@ for _ in range(100):
     used.append(len(kept.unique()) / batch)
 print(f"happens: of {batch} data, {min(used):.0%} to {max(used):.0%} are used, on average {np.mean(used):.1%}")
 print(f"         (1 - 1/e = {1 - np.exp(-1):.1%}: drawn with replacement), some {kept.bincount().max()} times")
-assert 0.5 < min(used) and max(used) < 0.75 and abs(np.mean(used) - 0.632) < 0.02, "it behaves otherwise now"
+assert 0.5 < min(used) and max(used) < 0.75 and abs(np.mean(used) - 0.632) < 0.02, "the behaviour has changed"
 
-# The plan itself is a permutation, of which the matcher then draws cells as with dice.
+# The plan itself is a permutation, but the matcher samples its entries with replacement.
 _, partner = np.nonzero(Matcher().ot_sampler.get_map(noise, data))
 print("         the plan that it draws from is a permutation:", sorted(partner) == list(range(batch)))
-assert sorted(partner) == list(range(batch)), "it behaves otherwise now"
+assert sorted(partner) == list(range(batch)), "the behaviour has changed"
 PY

@@ -34,5 +34,5 @@ for eos in (2, 53):  # published CLIPs have 2 here; 53 is this tokenizer's
     print(f"happens, eos_token_id {eos}: prompts {[round(s, 2) for s in short]},",
           f"each of them 90 times {[round(s, 2) for s in long]}")
     assert min(short) > 0 and len(set(short)) == 3
-    assert min(long) > 0 and max(long) - min(long) < 1e-3, "it behaves otherwise now"
+    assert min(long) > 0 and max(long) - min(long) < 1e-3, "the behaviour has changed"
 PY

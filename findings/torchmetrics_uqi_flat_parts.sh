@@ -19,6 +19,6 @@ for share in (0, 0.25, 0.5, 0.75, 1):
     scc = scores.spatial_correlation_coefficient(picture, picture).item()
     ssim = scores.structural_similarity_index_measure(picture, picture, data_range=1.0).item()
     print(f"  {share:.2f}: UQI {uqi:.3f}, SCC {scc:.3f}; SSIM {ssim:.3f}")
-    assert abs(uqi - (1 - share)) < 0.1 and abs(scc - (1 - share)) < 0.1, "it behaves otherwise now"
-    assert abs(ssim - 1) < 1e-4, "it behaves otherwise now"
+    assert abs(uqi - (1 - share)) < 0.1 and abs(scc - (1 - share)) < 0.1, "the behaviour has changed"
+    assert abs(ssim - 1) < 1e-4, "the behaviour has changed"
 PY

@@ -18,5 +18,5 @@ for noise in (0.02, 0.05, 0.1, 0.2):
     noisy = (picture + noise * torch.randn(picture.shape, generator=generator)).clamp(0, 1)
     unit, byte = vif(noisy, picture).item(), vif(noisy * 255, picture * 255).item()
     print(f"  noise {noise:.2f}: pixels in [0, 1] {unit:.3f}, the same in [0, 255] {byte:.3f}")
-    assert unit > byte + 0.2, "it behaves otherwise now"
+    assert unit > byte + 0.2, "the behaviour has changed"
 PY

@@ -28,7 +28,7 @@ for kind, settings in (("flow", FLOW), ("noise prediction", {})):
     for steps in (1, 2, 5, 9, 50):
         counts = [int(sample(steps, solver_type=s, **settings).isfinite().sum()) for s in ("bh1", "bh2")]
         print(f"  {kind}, {steps} steps: bh1 {counts[0]}, bh2 {counts[1]}")
-        assert counts == [0, data.numel()], "it behaves otherwise now"
+        assert counts == [0, data.numel()], "the behaviour has changed"
 last = sample(9, solver_type="bh1", final_sigmas_type="sigma_min")
 print('  bh1 that stops short of 0 (final_sigmas_type="sigma_min"):', int(last.isfinite().sum()))
 assert last.isfinite().all()

@@ -26,12 +26,12 @@ for kind in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
             except (IndexError, AssertionError):  # UniPC's is an assert without a message
                 failed.append(steps)
                 # Rounded down, the first two times are one number, so step() began at the second noise level.
-                assert first == second and done == steps - 1, "it behaves otherwise now"
+                assert first == second and done == steps - 1, "the behaviour has changed"
             else:
-                assert first != second and abs(x - data).item() < 0.01, "it behaves otherwise now"
+                assert first != second and abs(x - data).item() < 0.01, "the behaviour has changed"
         print(f"happens: {kind.__name__}, shift {shift}: the last step fails if steps >=", failed[0] if failed else "?")
         assert failed == [steps for steps in counts if failed and steps >= failed[0]]
-        assert shift == 3 or 950 < failed[0] * shift < 1250, "it behaves otherwise now"
+        assert shift == 3 or 950 < failed[0] * shift < 1250, "the behaviour has changed"
 scheduler.set_timesteps(steps), scheduler.set_begin_index(0)  # the last of them again
 x = noise
 for t in scheduler.timesteps:
