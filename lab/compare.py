@@ -227,6 +227,8 @@ class Comparison:
     def chosen_rows(self, reports: figures.Reports) -> list[list[str]]:
         rows = []
         for world, name, _, _ in each(reports):
+            if searched_in(world) != world:
+                continue
             search = self.searched(world, name)
             chosen = ", ".join(f"{k} {v}" for k, v in search["best"].items())
             notes = [", ".join(search[key]) or "-" for key in ("widened", "edges")]

@@ -150,15 +150,14 @@ def relations(one: Detection, other: Detection) -> set[str]:
     return {name for name, share in shares.items() if share > DIRECTION}
 
 
-def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, float]:
-    """The verdicts on an image by checked metadata: "graded" (0 to 1), "strict", "official".
+def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> tuple[float, float]:
+    """The graded verdict (0 to 1) and the official one (0 or 1) on an image, by checked metadata.
 
-    graded: the mean over clauses of 1 - |count - number| / count (at least 0), and over their
-    colors and positions of 1 or 0, which is 0 if the number is wrong. strict: 1 if all of these are
-    1 and nothing excluded is there, else 0. official: GenEval's own, 1 or 0, by the `count` most
-    confident objects of a class; more of them are a failure only if "exclude" says so.
+    Graded: the mean over clauses of 1 - |count - number| / count (at least 0), and over their
+    colors and positions of 1 or 0, which is 0 if the number is wrong. Official: GenEval's own, by
+    the `count` most confident objects of a class; more are a failure only if "exclude" says so.
     """
-    grades, official, all_exact = [], True, True
+    grades, official = [], True
     met: list[list[Detection] | None] = []  # the objects of each clause, or None if it is not met
     for clause in prompt["include"]:
         name, count = clause["class"], clause["count"]
@@ -177,14 +176,10 @@ def judge(prompt: dict, objects: Objects, name_colors: NameColors) -> dict[str, 
             )
             grades.append(float(right and exact))
         met.append(chosen if right else None)
-        official, all_exact = official and right, all_exact and exact
+        official = official and right
     for clause in prompt["exclude"]:
         official = official and len(objects.get(clause["class"], [])) < clause["count"]
-    return {
-        "graded": sum(grades) / len(grades),
-        "strict": float(official and all_exact),
-        "official": float(official),
-    }
+    return sum(grades) / len(grades), float(official)
 
 
 # The models
@@ -246,7 +241,7 @@ def load_classifier(device: torch.device | str, model: str) -> Callable[..., lis
 
 def graded(prompt: dict, objects: Objects, name_colors: NameColors) -> float:
     """The verdict to train on, 0 to 1: see `judge`."""
-    return judge(prompt, objects, name_colors)["graded"]
+    return judge(prompt, objects, name_colors)[0]
 
 
 def load(device: torch.device | str, model: str | None = None, verdict: Verdict = graded) -> Reward:

@@ -11,7 +11,7 @@ check_prompt = geneval.check_prompt
 
 def official(prompt: dict, objects: geneval.Objects, name_colors: geneval.NameColors) -> float:
     """0 or 1, as GenEval counts: see `geneval.judge`."""
-    return geneval.judge(prompt, objects, name_colors)["official"]
+    return geneval.judge(prompt, objects, name_colors)[1]
 
 
 def load(device: torch.device | str, model: str | None = None) -> Reward:

@@ -67,37 +67,36 @@ TWO_LEFT = [CAT, clause("dog", 2, position=["left of", 0])]
 OF_RED = [RED_CAR, clause("dog", position=["left of", 0])]
 here, left, far = at(50, 50), at(10, 50), at(300, 50)
 
-VERDICTS = {  # include, exclude, objects, graded, strict, official
-    "there": ([DOG], [], {"dog": [here]}, 1, 1, 1),
-    "one too many is official": ([DOG], [], {"dog": [here, far]}, 0, 0, 1),
-    "two too many grade no lower than 0": ([DOG], [], {"dog": [here, far, left]}, 0, 0, 1),
-    "both": ([DOG, CAT], [], {"dog": [here], "cat": [far]}, 1, 1, 1),
-    "the same class twice": ([DOG, DOG], [], {"dog": [here]}, 1, 1, 1),
-    "one more": ([DOGS], [], {"dog": [here, left, far]}, 1 / 2, 0, 1),
-    "one more, excluded": ([DOGS], [clause("dog", 3)], {"dog": [here, left, far]}, 1 / 2, 0, 0),
-    "another class is excluded": ([DOG], [CAT], {"dog": [here], "cat": [far]}, 1, 0, 0),
-    "the color": ([RED_CAR], [], {"car": [here]}, 1, 1, 1),
-    "the surest has the color": ([RED_CAR], [], {"car": [here, far]}, 0, 0, 1),
-    "the surest has another": ([RED_CAR], [], {"car": [far, here]}, 0, 0, 0),
-    "one of two has the color": ([RED_CARS], [], {"car": [here, far]}, 1 / 2, 0, 0),
-    "two colors": ([RED_CAR, BLUE_BUS], [], {"car": [here], "bus": [far]}, 1, 1, 1),
-    "colors exchanged": ([RED_CAR, BLUE_BUS], [], {"car": [far], "bus": [here]}, 1 / 2, 0, 0),
-    "to the left": (LEFT, [], {"cat": [here], "dog": [left]}, 1, 1, 1),
-    "to the right": (LEFT, [], {"cat": [here], "dog": [far]}, 2 / 3, 0, 0),
-    "the surest is to the left": (LEFT, [], {"cat": [here], "dog": [left, far]}, 1 / 3, 0, 1),
-    "of the surest": (LEFT, [], {"cat": [here, left], "dog": [left]}, 2 / 3, 0, 1),
-    "of one with a wrong color": (OF_RED, [], {"car": [far], "dog": [here]}, 2 / 4, 0, 0),
-    "color and position": (RED_LEFT, [], {"cat": [here], "car": [left]}, 1, 1, 1),
-    "position without color": (BLUE_LEFT, [], {"cat": [here], "car": [left]}, 2 / 4, 0, 0),
-    "one of two to the left": (TWO_LEFT, [], {"cat": [here], "dog": [left, far]}, 2 / 3, 0, 0),
+VERDICTS = {  # include, exclude, objects, graded, official
+    "there": ([DOG], [], {"dog": [here]}, 1, 1),
+    "one too many is official": ([DOG], [], {"dog": [here, far]}, 0, 1),
+    "two too many grade no lower than 0": ([DOG], [], {"dog": [here, far, left]}, 0, 1),
+    "both": ([DOG, CAT], [], {"dog": [here], "cat": [far]}, 1, 1),
+    "the same class twice": ([DOG, DOG], [], {"dog": [here]}, 1, 1),
+    "one more": ([DOGS], [], {"dog": [here, left, far]}, 1 / 2, 1),
+    "one more, excluded": ([DOGS], [clause("dog", 3)], {"dog": [here, left, far]}, 1 / 2, 0),
+    "another class is excluded": ([DOG], [CAT], {"dog": [here], "cat": [far]}, 1, 0),
+    "the color": ([RED_CAR], [], {"car": [here]}, 1, 1),
+    "the surest has the color": ([RED_CAR], [], {"car": [here, far]}, 0, 1),
+    "the surest has another": ([RED_CAR], [], {"car": [far, here]}, 0, 0),
+    "one of two has the color": ([RED_CARS], [], {"car": [here, far]}, 1 / 2, 0),
+    "two colors": ([RED_CAR, BLUE_BUS], [], {"car": [here], "bus": [far]}, 1, 1),
+    "colors exchanged": ([RED_CAR, BLUE_BUS], [], {"car": [far], "bus": [here]}, 1 / 2, 0),
+    "to the left": (LEFT, [], {"cat": [here], "dog": [left]}, 1, 1),
+    "to the right": (LEFT, [], {"cat": [here], "dog": [far]}, 2 / 3, 0),
+    "the surest is to the left": (LEFT, [], {"cat": [here], "dog": [left, far]}, 1 / 3, 1),
+    "of the surest": (LEFT, [], {"cat": [here, left], "dog": [left]}, 2 / 3, 1),
+    "of one with a wrong color": (OF_RED, [], {"car": [far], "dog": [here]}, 2 / 4, 0),
+    "color and position": (RED_LEFT, [], {"cat": [here], "car": [left]}, 1, 1),
+    "position without color": (BLUE_LEFT, [], {"cat": [here], "car": [left]}, 2 / 4, 0),
+    "one of two to the left": (TWO_LEFT, [], {"cat": [here], "dog": [left, far]}, 2 / 3, 0),
 }
 
 
 @pytest.mark.parametrize("name", VERDICTS)
 def test_verdicts_by_hand(name):
-    include, exclude, objects, graded, strict, official = VERDICTS[name]
-    verdict = geneval.judge(task(include, exclude), objects, is_red)
-    assert verdict == pytest.approx({"graded": graded, "strict": strict, "official": official})
+    include, exclude, objects, *verdicts = VERDICTS[name]
+    assert geneval.judge(task(include, exclude), objects, is_red) == pytest.approx(verdicts)
 
 
 # The released code's own scores: `evaluate_reward`, flow_grpo/gen_eval.py of Luo-Yihong/DGPO at
