@@ -35,7 +35,6 @@ class Evaluation(NamedTuple):
     reward: float  # the mean of what is trained on
     quality: float | None = None  # by a judge that no run trains on
     spread: float | None = None  # diversity: the std of samples over the data's
-    seconds: float | None = None  # CPU time of the training so far
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import time
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -98,7 +97,7 @@ class Training:
         changed = {name: getattr(setting, name) for name in FIELDS}
         changed |= {"seed": seed, "train_timesteps": 1}
         self.setting, self.settings = setting, dataclasses.replace(settings_of(world), **changed)
-        settings, self.log_probs, self.seconds = self.settings, {}, 0.0
+        settings, self.log_probs = self.settings, {}
         pipe = sd35.load_pipeline(settings.pretrained_model_name_or_path, torch.float32)
         encode = Encoder(pipe, settings.max_sequence_length, torch.device("cpu"))
         pipe.scheduler = sd35.make_scheduler(settings.sampler, settings.flow_shift)
@@ -243,16 +242,14 @@ def run(name: str, seed: int, setting: Setting, budget: float) -> Run:
     def costs() -> Iterator[int]:
         yield 0
         for step in itertools.count():
-            start = time.process_time()
             training.step(step)
-            training.seconds += time.process_time() - start
             yield (step + 1) * training.step_cost
 
     def evaluate(cost: int) -> Evaluation:
         images = draw(model, watched, settings.eval_inference_steps)
         scores = [rewards.score(*judge, images, watched)[0].mean() for judge in judges.items()]
         accuracy, cleanness = (float(f"{score:.4g}") for score in scores)
-        return Evaluation(cost, accuracy, cleanness, seconds=round(training.seconds, 2))
+        return Evaluation(cost, accuracy, cleanness)
 
     def due(cost: int) -> float:
         return next((share for share in GRID if share * world.budget > cost), 1) * world.budget
