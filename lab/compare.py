@@ -48,7 +48,7 @@ class Arguments:
     """Compare DGPO with its family; see lab/results/README.md."""
 
     # Run the search, the reports and the sweeps, and write the page. Saved results are not computed
-    # again. About nine hours on two cores in 2-D. Without it, the chosen settings run again.
+    # again. About six hours on two cores in 2-D. Without it, the chosen settings run again.
     full: bool = False
     table: bool = False  # With --full: only write the page, from the saved results.
     only: Literal[EXPERIMENTS] | None = None  # With --full: compute for one experiment alone.
