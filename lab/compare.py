@@ -102,7 +102,7 @@ class Comparison:
         return jobs
 
     def searched(self, world: str, name: str) -> dict[str, Any]:
-        """The result of a search."""
+        """The result of a search. Raises UserError if there is none."""
         searches = self.results.of(searched_in(world), "searches")
         if name not in searches:
             raise UserError(f"no search of {name} in {world} is finished; run --full first")
@@ -190,16 +190,17 @@ class Comparison:
     def draw(self) -> None:
         folder = self.results.folder
         figures.plot_family(folder / "family.png")
-        plotted = {"curves": [], "tiny": []}
-        for part, in_part in (("gates", True), ("others", False)):
+        curves, on_tiny = [], []
+        gates = {name for name, method in METHODS.items() if method.enters.startswith("gate")}
+        for part in ("gates", "others"):
             for world, by_method in self.reports(IN_2D).items():
-                of_part = {n: r for n, r in by_method.items() if is_gate(n) == in_part}
-                plotted["curves"].append((f"{world}, {part}", worlds.make(world).goal, of_part))
+                runs = {n: r for n, r in by_method.items() if (n in gates) == (part == "gates")}
+                curves += [(f"{world}, {part}", worlds.make(world).goal, runs)] if runs else []
         for world, by_method in self.reports(tuple(tiny.WORLDS)).items():
-            plotted["tiny"].append((world, tiny.make(world).goal, by_method))
-        for name, panels in plotted.items():
-            if panels := [panel for panel in panels if panel[2]]:
-                figures.plot_curves(folder / f"{name}.png", panels)
+            on_tiny.append((world, tiny.make(world).goal, by_method))
+        for name, plotted in (("curves", curves), ("tiny", on_tiny)):
+            if plotted:
+                figures.plot_curves(folder / f"{name}.png", plotted)
 
     def family_rows(self, reports: figures.Reports) -> list[list[str]]:
         """A row a method, by how the reward enters its gradient."""
@@ -262,10 +263,6 @@ class Comparison:
                 cells = run_cells(world, runs) if world in IN_2D else cost_cells(runs)
                 rows.append([world, name, when, *cells])
         return table(["world", "method", "runs", *RUN_HEADER], rows)
-
-
-def is_gate(method: str) -> bool:
-    return METHODS[method].enters.startswith("gate")
 
 
 RUN_HEADER = ["success", "cost, thousands of passes", "quality", "spread", "progress"]

@@ -67,7 +67,10 @@ def save(figure: Figure, path: Path, x: str, y: str, axes: Sequence[Axes]) -> No
 
 
 def plot_curves(path: Path, plotted: list[tuple[str, Goal, ByMethod]]) -> None:
-    """The median progress against cost, a panel for each title; shaded: the quartiles."""
+    """The median progress against cost, with the quartiles shaded.
+
+    plotted: of each panel, the title, the world's goal, and the runs by method.
+    """
     figure, axes = panels([title for title, _, _ in plotted], 3.8)
     for panel, (_, goal, by_method) in zip(axes, plotted, strict=True):
         budget = next(iter(by_method.values()))[0].budget

@@ -417,7 +417,7 @@ def trained_samples(setting: Setting) -> int:
 
 
 def step_cost(setting: Setting, times: int) -> int:
-    """The cost of a rollout and its updates, in forwards of one sample.
+    """The cost of a rollout and its updates, in forward passes of one sample.
 
     times: at how many timesteps, or steps of a trajectory, each sample is trained. Each costs 4: a
     forward, a backward (which counts 2) and the reference's forward; or 5 with theta_old's.
