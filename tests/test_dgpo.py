@@ -62,14 +62,6 @@ def test_advantages_are_bounded_and_standardised(kind):
     assert dgpo.group_advantages(lone)[0, 3].item() == pytest.approx(math.sqrt(23))
 
 
-def test_advantages_ignore_shift_and_scale_of_the_rewards():
-    rewards = normal(6, 24)
-    for std in ("group", "batch"):
-        torch.testing.assert_close(
-            dgpo.group_advantages(3.7 * rewards - 250, std), dgpo.group_advantages(rewards, std)
-        )
-
-
 def test_batch_std_divides_all_groups_by_one_number():
     rewards = torch.tensor([[0.0, 2.0], [10.0, 30.0]], dtype=F64)
     spread = math.sqrt((10.5**2 + 8.5**2 + 0.5**2 + 19.5**2) / 4)
@@ -357,15 +349,6 @@ def test_no_timestep_below_t_min():
     assert dgpo.sample_timesteps((2, 1)).shape == (2, 1)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
-def test_diffuse_has_the_mean_and_variance_of_q(t):
-    """q(x_t | x0) = N((1 - t) x0, t^2 I)."""
-    x0 = torch.tensor([[[3.0, -1.0]]], dtype=F64).expand(1, 50_000, 2)
-    x_t = dgpo.diffuse(x0, normal(1, 50_000, 2), torch.full((1, 1), t))
-    assert x_t.mean((0, 1)).tolist() == pytest.approx([(1 - t) * 3, -(1 - t)], abs=0.02)
-    assert x_t.std((0, 1)).tolist() == pytest.approx([t, t], abs=0.02)
-
-
 def test_diffuse_shares_noise_within_a_group():
     x0, eps = normal(3, 4, 2), normal(3, 1, 2, seed=1)
     t = torch.tensor([[0.1], [0.5], [1.0]], dtype=F64)
@@ -396,13 +379,6 @@ def test_the_solver_converges_at_order_2():
     ]
     for coarse, fine in zip(errors, errors[1:], strict=False):
         assert 3.2 < coarse / fine < 4.1, errors
-
-
-def test_the_solver_is_exact_for_one_data_point():
-    noise, target = normal(10, 2), torch.tensor([1.0, -2.0], dtype=F64)
-    for steps in (1, 2, 5):
-        x0 = dgpo.sample_ode(lambda x, t: (x - target) / t, noise, steps)
-        torch.testing.assert_close(x0, target.expand(10, 2))
 
 
 def test_clip_mask_by_hand():
@@ -501,14 +477,6 @@ def test_an_iteration_of_algorithm_1_by_hand():
     assert norm > 1  # so the gradient was clipped
 
 
-def test_the_metrics_follow_theta_away_from_the_reference(model):
-    """The gap grows from 0 as theta learns, and the gate falls from 1/2 with it."""
-    first, *_, last = toy_training(model, iterations=30)
-    assert first["gap"] == pytest.approx(0, abs=1e-6) and first["gate"] == pytest.approx(0.5)
-    assert last["gap"] > 0.1 and last["gate"] < 0.48
-    assert last["loss"] < first["loss"] and last["reward"] > first["reward"]
-
-
 def test_the_loss_gate_and_gap_of_one_group_are_those_of_eq17(model):
     """loss = -log sigmoid(beta gap) = -log(1 - gate), at one timestep, which is the default."""
     settings = {"prompts": 1, "group_size": 8, "beta": 3.0, "iterations": 6}
@@ -518,21 +486,6 @@ def test_the_loss_gate_and_gap_of_one_group_are_those_of_eq17(model):
     assert abs(last["gap"]) > 1e-3
     assert last["gate"] == pytest.approx(1 / (1 + math.exp(3 * last["gap"])), rel=1e-5)
     assert last["loss"] == pytest.approx(-math.log(1 - last["gate"]), rel=1e-5)
-
-
-def test_gradients_do_not_add_up_over_iterations(model):
-    """At a learning rate of 0, an iteration does not depend on the ones before it."""
-    generator = torch.Generator().manual_seed(0)
-    settings = {"prompts": 2, "group_size": 6, "beta": 1.0, "learning_rate": 0.0}
-    settings |= {"t_min": 0.2, "rollout_steps": 4}
-    world = flow2d.reward, flow2d.sample_conditions, (2,)
-    second = list(dgpo.train(model, *world, generator, iterations=2, **settings))[1]
-    generator.manual_seed(0)
-    for _ in range(2):  # each with a model that has no gradient yet
-        fresh = copy.deepcopy(model)
-        fresh.zero_grad()
-        (alone,) = dgpo.train(fresh, *world, generator, iterations=1, **settings)
-    assert alone == second
 
 
 def test_algorithm_1_samples_from_theta_from_its_ema_or_from_the_reference(model, monkeypatch):
@@ -558,56 +511,35 @@ X0, EPS, T = torch.rand(2, 3, 5), torch.rand(2, 1, 5), torch.rand(2, 1)
 
 
 BAD_INPUT = {
-    "rewards 1-D": (
-        lambda: dgpo.group_advantages(L[0]),
-        r"rewards must be \(P, G\) with G >= 2, got \(3,\)",
-    ),
-    "rewards G = 1": (lambda: dgpo.group_advantages(L[:, :1]), r"G >= 2, got \(2, 1\)"),
-    "rewards nan": (
-        lambda: dgpo.group_advantages(torch.tensor([[0, 1, 2], [0, float("nan"), 1]])),
-        "rewards must be finite, got nan at prompt 1, sample 1",
+    "rewards G = 1": (
+        lambda: dgpo.group_advantages(L[:, :1]),
+        r"rewards must be \(P, G\) with G >= 2, got \(2, 1\)",
     ),
     "rewards inf": (
         lambda: dgpo.group_advantages(torch.tensor([[0, -math.inf]])),
         "rewards must be finite, got -inf at prompt 0, sample 1",
     ),
     "std": (lambda: dgpo.group_advantages(L, "sample"), "std must be 'group' or 'batch'.*'sample'"),
-    "t_min = 1": (lambda: dgpo.sample_timesteps((2,), 1.0), r"t_min must be in \[0, 1\), got 1.0"),
-    "t_min < 0": (
-        lambda: dgpo.sample_timesteps((2,), -0.1),
-        r"t_min must be in \[0, 1\), got -0.1",
-    ),
-    "t_min nan": (lambda: dgpo.sample_timesteps((2,), math.nan), "t_min must be.*got nan"),
+    "t_min": (lambda: dgpo.sample_timesteps((2,), 1.0), r"t_min must be in \[0, 1\), got 1.0"),
     "t": (lambda: dgpo.diffuse(X0, EPS, T[:1]), r"t must be \(2, 1\) or \(2, 3\), got \(1, 1\)"),
-    "eps shape": (
-        lambda: dgpo.diffuse(X0, EPS[:, :, :4], T),
-        r"eps must be one of.*got \(2, 1, 4\)",
-    ),
+    "eps": (lambda: dgpo.diffuse(X0, EPS[:, :, :4], T), r"eps must be one of.*got \(2, 1, 4\)"),
     "velocity": (
         lambda: dgpo.dsm_loss(X0[..., :4], X0, EPS),
         r"velocity and goal need one shape, got \(2, 3, 4\) and \(2, 3, 5\)",
     ),
-    "velocity_ref": (lambda: dgpo.mean_square(X0, X0[:1]), "velocity and goal need one shape"),
     "loss_ref": (
         lambda: dgpo.dgpo_loss(L, L[:1], L, 1.0),
         r"need one shape \(P, G\), got {'loss_theta': \(2, 3\), 'loss_ref': \(1, 3\)",
     ),
     "loss_old": (lambda: dgpo.clip_mask(L, L[:, :2], L, 0.1), r"'loss_old': \(2, 2\)"),
     "weights": (lambda: dgpo.group_gap(L, L[0], L > 0), r"'w': \(3,\)"),
-    "beta = 0": (lambda: dgpo.dgpo_loss(L, L, L, 0.0), "beta must be positive.*got 0.0"),
-    "beta < 0": (lambda: dgpo.dgpo_loss(L, L, L, -2.0), "beta must be positive.*got -2.0"),
-    "beta nan": (lambda: dgpo.dgpo_loss(L, L, L, math.nan), "beta must be positive.*got nan"),
-    "beta of one group": (
-        lambda: dgpo.dgpo_loss(L, L, L, torch.tensor([1.0, 0.0])),
-        r"beta must be positive.*got \[1.0, 0.0\]",
-    ),
-    "beta shape": (
+    "beta": (lambda: dgpo.dgpo_loss(L, L, L, 0.0), "beta must be positive.*got 0.0"),
+    "beta of each group": (
         lambda: dgpo.dgpo_loss(L, L, L, torch.ones(3)),
         r"beta must be positive, a float or \(2,\), got \[1.0, 1.0, 1.0\]",
     ),
     "clip": (lambda: dgpo.clip_mask(L, L, L, -0.1), "clip must be at least 0, got -0.1"),
     "decay": (lambda: dgpo.ema_update([L], [L], 1.1), r"decay must be in \[0, 1\], got 1.1"),
-    "parameters": (lambda: dgpo.ema_update([L], [L, L], 0.9), "zip"),
     "steps": (lambda: dgpo.sample_ode(lambda x, t: x, L, 0), "steps must be at least 1, got 0"),
 }
 
