@@ -10,16 +10,11 @@ from toy import flow2d
 C = torch.arange(flow2d.CONDITIONS)
 
 
-def grid(limit=4.0, n=160, dtype=torch.float64):
-    """Midpoints (n * n, 2) of square cells that cover [-limit, limit]^2, and the area of a cell."""
-    edge = (torch.arange(n, dtype=dtype) + 0.5) / n * 2 * limit - limit
-    return torch.cartesian_prod(edge, edge), (2 * limit / n) ** 2
-
-
 @pytest.fixture(scope="module")
 def plane():
-    points, cell = grid()
-    return points[None], cell  # (1, N, 2), broadcast over the conditions
+    """Midpoints (1, N, 2) of square cells that cover [-4, 4]^2, and the area of a cell."""
+    edge = (torch.arange(160, dtype=torch.float64) + 0.5) / 20 - 4
+    return torch.cartesian_prod(edge, edge)[None], 1 / 20**2
 
 
 def test_p_ref_is_a_density_and_its_samples_follow_it(plane):
@@ -61,17 +56,6 @@ def test_p_star_is_eq5_and_inverts_to_the_reward_by_eq6(beta, plane):
     torch.testing.assert_close(x.view(4, -1, 2).mean(1).double(), mean, rtol=0, atol=0.05)
 
 
-def test_learned_density_integrates_to_one_and_is_close_to_p_ref(reference):
-    points, cell = grid(limit=3.2, n=64, dtype=torch.float32)
-    for c in range(flow2d.CONDITIONS):
-        condition = torch.full((len(points),), c)
-        log_learned = flow2d.flow_log_prob(reference, condition, points, steps=10)
-        mass = (log_learned.exp().sum() * cell).item()
-        assert mass == pytest.approx(1, abs=0.01)
-        overlap = torch.minimum(log_learned, flow2d.log_prob_ref(condition, points)).exp().sum()
-        assert overlap * cell > 0.85
-
-
 def test_learned_density_is_exact_for_a_known_flow():
     """For data N(m, s^2 I), both the velocity field and the density are known."""
     m, s = torch.tensor([1.0, -0.5]).double(), 0.6
@@ -104,15 +88,6 @@ def test_energy_distance_by_hand():
     x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     y = torch.tensor([[3.0, 0.0], [3.0, 0.0]])
     assert flow2d.energy_distance(x, y) == pytest.approx(4)
-
-
-def test_energy_distance_is_unbiased():
-    """For equal densities its mean is 0, and it is below 0 about as often as above."""
-    g = torch.Generator().manual_seed(0)
-    pairs = torch.randn(200, 2, 100, 2, generator=g)
-    distances = torch.tensor([flow2d.energy_distance(*pair) for pair in pairs])
-    assert abs(distances.mean()) < 3 * distances.std() / 200**0.5
-    assert 0.3 < (distances < 0).float().mean() < 0.7
 
 
 def test_reward_is_best_on_its_own_mode():
