@@ -6,8 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rewards import geneval, geneval_official, geneval_released, mask2former
 from rewards.geneval import Detection
@@ -126,15 +124,12 @@ def test_the_released_score(name):
 # Metadata as the world writes it: each means the plain metadata beside it.
 POSITION = [CAT, {**DOG, "position": ["left of", 0]}]
 READ = {
-    "null exclude": ({"include": [DOG], "exclude": None}, [DOG]),
     "null color and position": ({"include": [{**DOG, "color": None, "position": None}]}, [DOG]),
     "NaN": ({"include": [{**DOG, "color": math.nan}], "exclude": math.nan}, [DOG]),
     "a float": ({"include": [clause("dog", 2.0)]}, [DOGS]),
     "a string": ({"include": [clause("dog", "2")]}, [DOGS]),
     "no count": ({"include": [{"class": "dog"}]}, [DOG]),
-    "null count": ({"include": [clause("dog", None)]}, [DOG]),
     "JSON": ({"include": json.dumps(POSITION), "exclude": "null"}, POSITION),
-    "JSON in a list": ({"include": [json.dumps(each) for each in POSITION]}, POSITION),
     "an index as a string": ({"include": [CAT, {**DOG, "position": ["left of", "0"]}]}, POSITION),
 }
 
@@ -145,38 +140,33 @@ def test_metadata_that_went_through_other_programs(name):
     assert geneval.read_metadata({"tag": "any", **metadata}) == task(plain)
 
 
-def position(relation="left of", index=0):
-    return {"include": [CAT, {**DOG, "position": [relation, index]}]}
-
-
 REFUSED = [
     ({}, "no GenEval metadata"),
-    ({"include": None}, "no GenEval metadata"),
     ({"include": []}, r"include must be a list of clauses, got \[\]"),
-    ({"include": DOG}, "include must be a list of clauses, got {"),
     ({"include": "a dog"}, "'a dog' is not JSON"),
     ({"include": [DOG], "exclude": CAT}, "exclude must be a list of clauses"),
-    ({"include": [{"count": 1}]}, "no class None"),
     ({"include": [clause("mouse")]}, "no class 'mouse'; the nearest are computer mouse$"),
-    ({"include": [clause("dogs")]}, "no class 'dogs'; the nearest are dog$"),
     ({"include": [{**DOG, "color": "gray"}]}, "no color 'gray'; the nearest are red, .*, white$"),
-    ({"include": [{**DOG, "color": "light blue"}]}, "the nearest are blue$"),
-    ({"include": [clause("dog", 0)]}, "count must be a whole number from 1 to 16, got 0"),
-    ({"include": [clause("dog", 17)]}, "from 1 to 16, got 17"),
+    ({"include": [clause("dog", 17)]}, "count must be a whole number from 1 to 16, got 17"),
     ({"include": [clause("dog", "two")]}, "from 1 to 16, got 'two'"),
     ({"include": [DOG], "exclude": [clause("dog", 0)]}, "count must be a whole number from 1"),
-    (position("to the left of"), "no relation 'to the left of'; the nearest are left of$"),
-    (position(index=1), "a position must name an earlier clause by index, got 1"),
-    (position(index=2), "a position must name an earlier clause by index, got 2"),
-    ({"include": [{**DOG, "position": ["left of", 0]}]}, "must name an earlier clause"),
+    (
+        {"include": [CAT, {**DOG, "position": ["to the left of", 0]}]},
+        "no relation 'to the left of'; the nearest are left of$",
+    ),
+    (
+        {"include": [CAT, {**DOG, "position": ["left of", 1]}]},
+        "a position must name an earlier clause by index, got 1",
+    ),
     ({"include": [CAT, {**DOG, "position": ["left of"]}]}, "must be a relation and an index"),
 ]
 
 
 @pytest.mark.parametrize(("metadata", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_metadata_that_no_picture_can_be_judged_by_is_refused(metadata, message):
-    with pytest.raises(ValueError, match=message):
-        geneval.check_prompt({"tag": "any", **metadata})
+    for module in MODULES:
+        with pytest.raises(ValueError, match=message):
+            module.check_prompt({"tag": "any", **metadata})
 
 
 @pytest.fixture(scope="module")
@@ -191,41 +181,8 @@ def judges():
 
 def test_three_rewards_judge_the_same_objects_and_counting_the_sure_ones(judges):
     for tag, verdicts in (("single_object", [0, 1, -1]), ("counting", [1, 1, 1])):
-        metadata = [{"tag": tag, "include": [DOG]}]
+        metadata = [{"tag": tag, "include": json.dumps([DOG])}]  # as other programs write it
         assert [judge(torch.rand(1, 3, 8, 8), metadata)[0] for judge in judges] == verdicts
-
-
-def mostly(good, bad):
-    return st.integers(0, 9).flatmap(lambda n: st.sampled_from(good if n else bad))
-
-
-NAMES = mostly(["dog", "car", "cat"], ["dogs", None, 3, math.nan])
-NUMBERS = mostly([1, 2, 1.0, "1", None, math.nan], [0, 1.5, "x", -1, 17, True, [1]])
-COLORS = mostly(["red", "blue", None, math.nan], ["gray", 3])
-PLACES = mostly([["left of", 0], ["below", "1"], '["above", 0]', None], [["over", 0], ["above"], 3])
-CLAUSES = st.fixed_dictionaries(
-    {"class": NAMES}, optional={"count": NUMBERS, "color": COLORS, "position": PLACES}
-) | st.sampled_from([DOG, CAT, RED_CAR, None, "dog"])
-LISTS = st.lists(CLAUSES, min_size=1, max_size=4) | st.sampled_from([[], None, DOG, "[]", math.nan])
-LISTS = LISTS | LISTS.map(json.dumps)
-METADATA = st.fixed_dictionaries({"include": LISTS}, optional={"tag": NAMES, "exclude": LISTS})
-METADATA = METADATA.map(lambda metadata: {"tag": "any", **metadata})
-
-
-@settings(max_examples=500, deadline=None)
-@given(METADATA)
-def test_a_prompt_is_accepted_if_and_only_if_all_three_verdicts_are_numbers(judges, metadata):
-    def verdicts():
-        return [judge(torch.rand(1, 3, 8, 8), [metadata])[0] for judge in judges]
-
-    for module in MODULES:
-        try:
-            module.check_prompt(metadata)
-        except ValueError:
-            with pytest.raises(ValueError):
-                verdicts()
-        else:
-            assert all(math.isfinite(verdict) for verdict in verdicts())
 
 
 def test_models_are_named_by_detector_and_classifier(monkeypatch):
