@@ -128,12 +128,6 @@ def of_another_kind(trained, folder):
     save_file({"unet.down.lora_A.weight": torch.zeros(2, 2)}, folder / LORA_FILE)
 
 
-def of_a_deeper_model(trained, folder):
-    save_by_us(trained, folder)
-    weights = load_file(folder / LORA_FILE).items()
-    save_file({key.replace("blocks.0", "blocks.9"): w for key, w in weights}, folder / LORA_FILE)
-
-
 def of_another_lora(rank, width):
     def write(trained, folder):
         pipe = shapes.build(width=width, layers=2)
@@ -146,7 +140,6 @@ def of_another_lora(rank, width):
 OTHERS = {
     broken: "^cannot load the LoRA in ",
     of_another_kind: "is not for this model, which has no unet.down$",
-    of_a_deeper_model: "is not for this model, which has no transformer_blocks.9.attn.",
     of_another_lora(rank=4, width=64): "^cannot load the LoRA in .* size mismatch",
     of_another_lora(rank=5, width=32): "needs the rank and the layers of this run's LoRA",
     lambda trained, folder: None: "^cannot load the LoRA in .*No such file",
