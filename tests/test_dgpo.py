@@ -180,18 +180,6 @@ def test_eq17_by_hand():
     assert k.tolist() == [pytest.approx([gate.item(), -gate.item() / 2, -gate.item() / 2])]
 
 
-def test_eq17_averages_over_prompts_and_takes_a_beta_for_each():
-    loss_theta, loss_ref = normal(3, 4).abs(), normal(3, 4, seed=1).abs()
-    A, beta = dgpo.group_advantages(normal(3, 4, seed=2)), torch.tensor([0.1, 1.0, 7.0], dtype=F64)
-    one_by_one = [
-        dgpo.dgpo_loss(loss_theta[i, None], loss_ref[i, None], A[i, None], beta[i].item())
-        for i in range(3)
-    ]
-    torch.testing.assert_close(
-        dgpo.dgpo_loss(loss_theta, loss_ref, A, beta), torch.stack(one_by_one).mean()
-    )
-
-
 def test_jensen_eq15_is_at_most_eq16():
     """-log sigmoid of the mean over (t, x_t) is below the mean of -log sigmoid, by Monte Carlo."""
     P, G, draws = 4, 8, 20_000

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dgpo
-from sd35.gradient import backward_group_loss, combine_advantages, extremes
+from sd35.gradient import backward_group_loss, combine_advantages
 
 F64 = torch.float64
 
@@ -134,27 +134,6 @@ def test_a_group_of_equal_rewards_evaluates_theta_and_the_kl_reference_only(micr
     torch.testing.assert_close(gradient, theta.gradient())
     assert gradient.abs().max() > 0
     assert metrics["gap"].tolist() == [0, 0, 0] and metrics["gate"].tolist() == [0.5, 0.5, 0.5]
-
-
-def test_extremes_are_the_two_ends_of_each_group():
-    rewards = torch.tensor([[3.0, 9.0, 1.0, 5.0, 7.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0, 2.0]])
-    assert extremes(rewards, 2).tolist() == [[5, 1], [0, 5]]
-    assert extremes(rewards, 4)[0].tolist() == [5, 2, 4, 1]
-    for m in (2, 4, 6):
-        rows = extremes(rewards, m)
-        assert all(len(set(row)) == m for row in rows.tolist())
-        A = dgpo.group_advantages(rewards.gather(1, rows))
-        assert A.sum(1).abs().max() < 1e-6  # so the weights balance, and Z(c) cancels
-        torch.testing.assert_close(A[0].square().mean(), torch.tensor(1.0))
-
-
-def test_clip_and_bound_need_theta_old():
-    theta, ref, _, *groups = group_problem()
-    for option in ({"clip": 0.1}, {"bound": 2.0}):
-        with pytest.raises(ValueError, match="clip and bound need velocity_old"):
-            backward_group_loss(theta, ref, *groups, 1.0, **option)
-    with pytest.raises(ValueError, match="m must be even and from 2 to G = 4, got 3"):
-        extremes(torch.zeros(1, 4), 3)
 
 
 def test_several_rewards_are_combined_by_their_advantages_or_as_a_sum():
