@@ -82,10 +82,7 @@ def test_without_a_model_the_weights_are_random_and_steps_are_timed(tmp_path, ca
         assert unit == "TFLOP/s" and float(rate) == pytest.approx(
             work[phase] / float(took), abs=0.1
         )
-    phases = sum(float(rows[f"seconds/{name}"][0]) for name in ("rollout", "decode", "train"))
-    whole, images = (float(rows[name][0]) for name in ("seconds", "images_per_second"))
-    assert phases <= whole + 0.002 and images == pytest.approx(12 / whole, rel=0.2)
-    bare, ratio = float(rows["seconds/bare"][0]), float(rows["times"][0])
+    whole, bare, ratio = (float(rows[name][0]) for name in ("seconds", "seconds/bare", "times"))
     assert ratio == pytest.approx(whole / bare, rel=0.2)
 
 

@@ -1,4 +1,4 @@
-"""The page is that of the results results, and a comparison goes on where it was stopped."""
+"""The page is that of the stored results, and a comparison goes on where it was stopped."""
 
 from dataclasses import replace
 

@@ -80,7 +80,7 @@ def test_the_large_text_encoders_are_freed_and_read_again(quantize, tiny):
 
 
 @pytest.mark.parametrize(("length", "most"), [(4, 3), (99, 5)])
-def test_prompts_that_t5_or_clip_cut_are_told(length, most, tiny):
+def test_prompts_that_t5_or_clip_truncates_are_named(length, most, tiny):
     """T5 takes one token for the end, and the tiny CLIP two of its seven for both ends."""
     encoder = Encoder(load_pipeline(str(tiny), torch.float32), length, CPU)
     whole, cut = "red " * most, "red " * (most + 1)

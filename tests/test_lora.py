@@ -2,14 +2,12 @@
 
 import re
 import sys
-from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_run import TEXT, model, point
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sd35.lora import (
     LORA_FILE,
@@ -169,35 +167,6 @@ def test_the_first_blocks_run_twice_for_the_same_gradient(share, twice, tiny_mod
     recompute(transformer, share)
     assert (gradient() - plain).abs().max() < 1e-6 < plain.abs().max()
     assert sorted(runs[2:]) == sorted([0, 1, *range(twice)])
-
-
-class Calls(TorchDispatchMode):
-    """Counts calls of attention, and of products (with a bias: forward) by the matrix's shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name = operator.name()
-        if operator is torch.ops.aten.addmm.default:
-            n, m = args[-1].shape
-            self.counts["narrower" if n > m else "wider or equal"] += 1
-        self.counts["attention"] += "scaled_dot_product" in name and "backward" not in name
-        return operator(*args, **(kwargs or {}))
-
-
-def test_what_is_costly_for_its_size_is_saved_in_a_recomputed_block(tiny_model):
-    def calls(share):
-        recompute(tiny_model.pipe.transformer, share)
-        with Calls() as calls:
-            tiny_model.velocity(TEXT)(*point(tiny_model)).square().mean().backward()
-        return calls.counts
-
-    plain, all_blocks = calls(0), calls(1)
-    assert all_blocks["attention"] == plain["attention"] > 0
-    assert all_blocks["narrower"] == plain["narrower"] > 0
-    assert all_blocks["wider or equal"] > 1.5 * plain["wider or equal"]
 
 
 def test_a_base_in_8_bits_trains_a_lora_for_the_full_base(tiny, tmp_path):
