@@ -68,8 +68,6 @@ here, left, far = at(50, 50), at(10, 50), at(300, 50)
 VERDICTS = {  # include, exclude, objects, graded, official
     "there": ([DOG], [], {"dog": [here]}, 1, 1),
     "one too many is official": ([DOG], [], {"dog": [here, far]}, 0, 1),
-    "two too many grade no lower than 0": ([DOG], [], {"dog": [here, far, left]}, 0, 1),
-    "both": ([DOG, CAT], [], {"dog": [here], "cat": [far]}, 1, 1),
     "the same class twice": ([DOG, DOG], [], {"dog": [here]}, 1, 1),
     "one more": ([DOGS], [], {"dog": [here, left, far]}, 1 / 2, 1),
     "one more, excluded": ([DOGS], [clause("dog", 3)], {"dog": [here, left, far]}, 1 / 2, 0),
@@ -78,7 +76,6 @@ VERDICTS = {  # include, exclude, objects, graded, official
     "the surest has the color": ([RED_CAR], [], {"car": [here, far]}, 0, 1),
     "the surest has another": ([RED_CAR], [], {"car": [far, here]}, 0, 0),
     "one of two has the color": ([RED_CARS], [], {"car": [here, far]}, 1 / 2, 0),
-    "two colors": ([RED_CAR, BLUE_BUS], [], {"car": [here], "bus": [far]}, 1, 1),
     "colors exchanged": ([RED_CAR, BLUE_BUS], [], {"car": [far], "bus": [here]}, 1 / 2, 0),
     "to the left": (LEFT, [], {"cat": [here], "dog": [left]}, 1, 1),
     "to the right": (LEFT, [], {"cat": [here], "dog": [far]}, 2 / 3, 0),
@@ -116,9 +113,9 @@ RELEASED = {  # include, exclude, objects, the released score, the graded one
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_released_score(name):
     include, exclude, objects, released, graded = RELEASED[name]
-    asked = task(include, exclude)
-    assert geneval_released.released(asked, objects, is_red) == pytest.approx(released)
-    assert geneval.graded(asked, objects, is_red) == pytest.approx(graded)
+    prompt = task(include, exclude)
+    assert geneval_released.released(prompt, objects, is_red) == pytest.approx(released)
+    assert geneval.graded(prompt, objects, is_red) == pytest.approx(graded)
 
 
 # Metadata as the world writes it: each means the plain metadata beside it.
@@ -195,7 +192,7 @@ def test_models_are_named_by_detector_and_classifier(monkeypatch):
     assert names == [own, clip, "mine.pth", clip, "mine", "clip", own, "clip"]
 
 
-def test_the_color_is_asked_of_the_object_on_grey():
+def test_an_object_is_shown_on_grey_to_name_its_color():
     image = torch.zeros(3, 20, 30)
     image[0, 5:10, 10:20] = 1  # a red bar, of which the mask covers the left half
     mask = torch.zeros(20, 30, dtype=torch.bool)

@@ -37,10 +37,7 @@ TARGETS = {
     'A sign that reads "Room 12"; a door with "7"': "Room 12 7",
     "a “12” and a 15” wide “SALE”": "12 SALE",
     "„Willkommen“": "Willkommen",
-    "»Willkommen«": "Willkommen",
     "«Bienvenue»": "Bienvenue",
-    "「営業中」": "営業中",
-    "＂OPEN＂": "OPEN",
     "”OPEN”": "OPEN",
     '写着"营业中"的牌子': "营业中",
 }

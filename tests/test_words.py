@@ -26,14 +26,6 @@ def test_test_words_are_in_no_training_set():
     assert [p["task"] for p in words.table_prompts(2)] == ["training"] * 2 + ["test"] * 2
 
 
-def test_the_letters_differ_and_fit_their_cells():
-    letters = words.glyphs()
-    assert torch.pdist(letters.flatten(1)).min() ** 2 > 7.9  # two dots of the font, as in B and D
-    assert ((letters == 0) | (letters == 1)).all() and (letters[-1] == 1).all()
-    for edge in (letters[:, 0], letters[:, -1], letters[:, :, 0], letters[:, :, -1]):
-        assert (edge == 1).all()
-
-
 def test_the_reader_of_letters_is_exact_on_drawings_and_noise_is_only_less_clean():
     images = words.drawn(TEST)
     assert words.read(images)[0] == [prompt["word"] for prompt in TEST]
