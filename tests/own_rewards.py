@@ -32,13 +32,6 @@ def raising(images, prompts):
     return 1 / 0
 
 
-def darkening(images, prompts):
-    """Works in place on what it gets."""
-    images.mul_(-1)
-    prompts.clear()
-    return -images.mean((1, 2, 3))
-
-
 def forever(images, prompts):
     Path(os.environ["BEGUN"]).touch()
     time.sleep(1000)

@@ -43,11 +43,6 @@ def score(reward, images, name="mine"):
 # Names
 
 
-def test_names_are_the_files_that_load():
-    assert {"pickscore", "compressibility"} <= set(rewards.names())
-    assert "interface" not in rewards.names()
-
-
 @pytest.mark.parametrize(
     ("specs", "weights"),
     [
@@ -84,14 +79,6 @@ def test_a_spec_that_names_no_reward_is_refused(specs, message):
         rewards.parse(specs)
 
 
-def test_the_first_prompt_that_a_reward_cannot_score_is_named():
-    prompts = [{"prompt": 'a sign "OPEN"'}, {"prompt": "a dog"}]
-    rewards.check_prompts(["pickscore", f"{OWN}:brightness"], prompts)
-    pytest.importorskip("rapidocr")
-    with pytest.raises(rewards.RewardError, match="^ocr cannot score prompt 2: no text .*'a dog'$"):
-        rewards.check_prompts(["ocr"], prompts)
-
-
 # Loading
 
 
@@ -118,8 +105,6 @@ def test_a_file_with_the_name_of_another_module_is_refused(tmp_path):
 LOADING = {  # the file's source: the message, and the type of its cause
     "raise SystemExit(0)\nf = 1": ("SystemExit: 0$", SystemExit),
     "f = 1 / 0": ("ZeroDivisionError: division by zero$", ZeroDivisionError),
-    "# f": ("has no attribute 'f'$", AttributeError),
-    "f = 'text'": ("'text' is not a callable object; if f creates", type(None)),
     "def f(device): return lambda images, prompts: images": (
         r"it takes \(device\) and not images and prompts; if f creates a reward, write `reward = f",
         type(None),
@@ -146,35 +131,6 @@ def test_other_weights_are_refused_where_there_are_none():
 # Calling: rewards as people write them
 
 
-FLOW_GRPO = """  # rewards.py of flow_grpo, which has it from ddpo-pytorch (MIT)
-from PIL import Image
-import io
-import numpy as np
-import torch
-
-def jpeg_incompressibility():
-    def _fn(images, prompts, metadata):
-        if isinstance(images, torch.Tensor):
-            images = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-            images = images.transpose(0, 2, 3, 1)  # NCHW -> NHWC
-        images = [Image.fromarray(image) for image in images]
-        buffers = [io.BytesIO() for _ in images]
-        for image, buffer in zip(images, buffers):
-            image.save(buffer, format="JPEG", quality=95)
-        sizes = [buffer.tell() / 1000 for buffer in buffers]
-        return np.array(sizes), {}
-
-    return _fn
-"""
-
-
-def test_a_function_of_flow_grpo_runs_unchanged(own, images):
-    name = own(f"{FLOW_GRPO}\nreward = jpeg_incompressibility()\n", "reward")
-    scores = score(rewards.load(name, "cpu"), images)
-    expected = score(rewards.load("compressibility", "cpu"), images)
-    assert torch.equal(scores, -expected)
-
-
 def by_hand(prompts, metadata):
     return [len(text) + line["n"] for text, line in zip(prompts, metadata, strict=True)]
 
@@ -190,7 +146,7 @@ class Module(torch.nn.Module):
 
 
 FORMS = {
-    "three": lambda images, prompts, metadata: (by_hand(prompts, metadata), {}),
+    "flow_grpo": lambda images, prompts, metadata: (np.array(by_hand(prompts, metadata)), {}),
     "TRL": lambda prompts, images, **kwargs: by_hand(prompts, kwargs["metadata"]),
     "async": asynchronous,
     "module": Module(),

@@ -124,7 +124,6 @@ STEPS = {
     "two rewards, their sum": {"reward": BOTH, "combine": "rewards"},
     "a group with a NaN": {"reward": f"{REWARD}:nan_for_some"},
     "a group of equal rewards": {"reward": f"{REWARD}:constant_for_some"},
-    "a reward that works in place": {"reward": [f"{REWARD}:darkening", f"{REWARD}:brightness"]},
 }
 
 
@@ -327,10 +326,8 @@ def test_a_part_of_the_training_prompts_is_held_out_for_validation(monkeypatch):
 
 MISTAKES = {
     "--reward magic": "no reward 'magic'",
-    "--reward pickscore=much": "pickscore=much: the weight must be a number",
     "--eval_reward nowhere.py:f": "there is no file nowhere.py",
     "--train_prompts nowhere.txt": "cannot read nowhere.txt",
-    "--validation_prompts nowhere.txt": "cannot read nowhere.txt",
     "--reward ocr --validation_prompts fit.txt": "ocr cannot score prompt 1",
     "--eval_reward ocr --validation_prompts unfit.txt": "ocr cannot score prompt 2",
     "--report_to paper": "--report_to paper: give none or one of",
@@ -458,20 +455,10 @@ def test_rewards_are_loaded_and_called_in_one_thread_and_their_info_is_logged(ti
     assert line[f"info/{tmp_path}/cached.py:reward/words"] in (2, 3, 5)
 
 
-def test_prompts_that_are_cut_are_announced(tiny, tmp_path, capsys):
+def test_prompts_that_are_truncated_are_announced(tiny, tmp_path, capsys):
     run(tiny, tmp_path, max_sequence_length=4, max_train_steps=1, prompts_per_step=1)
     said = r"\d prompts are longer than the text encoders read, such as 'red square on the left'"
     assert re.search(said, capsys.readouterr().out)
-
-
-def test_a_reward_that_raises_ends_the_run_with_its_traceback(tiny, tmp_path, monkeypatch, capsys):
-    line = flags(tiny, tmp_path, reward=f"{REWARD}:raising")
-    monkeypatch.setattr("sys.argv", ["train_sd35.py", *line])
-    with pytest.raises(SystemExit) as end:
-        run_script(train_sd35.main)
-    *traceback, sentence = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and "    return 1 / 0" in traceback
-    assert sentence.startswith("train_sd35.py: ") and "own_rewards.py:raising" in sentence
 
 
 def test_whatever_ends_a_run_its_steps_are_saved(tiny, tmp_path, monkeypatch):
