@@ -109,16 +109,9 @@ def test_a_checkpoint_restores_weights_averages_and_optimizer(saved, tiny):
     assert all(torch.equal(*pair) for pair in zip(before, tensors(), strict=True))
 
 
-def test_a_checkpoint_is_whole_or_not_there_and_the_oldest_go(saved, monkeypatch):
-    def fail(state, path):
-        Path(path).write_bytes(b"half")
-        raise OSError
-
+def test_the_oldest_checkpoints_are_deleted(saved):
     for step in (2, 9, 10):
         saved.save(step, checkpoints_total_limit=2)
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError):
-        saved.save(11)
     assert [path.name for path in run.checkpoints(saved.out)] == ["checkpoint-9", "checkpoint-10"]
 
 
@@ -138,7 +131,6 @@ def test_a_checkpoint_is_called_latest_or_by_its_path_or_name(saved, tiny):
 
 REFUSED = {  # the sentence, by what differs
     "": "holds a run; give another folder, or continue the run with",
-    "--resume_from_checkpoint checkpoint-9": "checkpoint-9 is not a checkpoint; give latest",
     "--resume_from_checkpoint latest --seed 1": "--seed: the run has 0, got 1",
 }
 
@@ -268,9 +260,7 @@ def test_a_tracker_gets_numbers_and_an_image_if_it_takes_images(name):
     assert all(values["validation"].shape == (1, 4, 5, 3) for values, _ in images)
 
 
-def test_a_tracker_that_accelerate_lacks_is_refused(monkeypatch):
-    with pytest.raises(UserError, match="--report_to paper: give none or one of .*tensorboard"):
-        run.check_tracker("paper")
+def test_a_tracker_needs_its_package(monkeypatch):
     monkeypatch.setattr(run, "get_available_trackers", lambda: ["wandb"])
     with pytest.raises(UserError, match="--report_to tensorboard needs `pip install tensorboard`"):
         run.check_tracker("tensorboard")

@@ -130,10 +130,7 @@ def test_each_flag_reaches_the_training(barely_pretrained, monkeypatch, tmp_path
 
 BAD_FLAGS = {
     "--iterations 0": "argument --iterations: must be at least 1, got 0",
-    "--iterations many": "argument --iterations: invalid int value: 'many'",
-    "--group-size 1": "argument --group_size: must be at least 2, got 1",
     "--beta nan": "argument --beta: must be at least 0.0, got nan",
-    "--t_min -0.1": "argument --t_min: must be at least 0.0, got -0.1",
     "--show": "argument --show: no window can be opened here; the GIF shows the same",
     f"--out {__file__}/folder": "argument --out: ",
     "--nonsense": "unrecognized arguments: --nonsense",
@@ -153,8 +150,6 @@ def test_an_impossible_flag_is_answered_at_once(flags, capsys):
     ("flags", "message"),
     [
         ("--beta 0", "run_2d.py: beta must be positive"),
-        ("--t_min 1", "run_2d.py: t_min must be in [0, 1), got 1.0"),
-        ("--ema 1.5", "run_2d.py: decay must be in [0, 1], got 1.5"),
         ("--learning_rate 1e30", "lower --learning_rate?"),
     ],
 )
@@ -175,16 +170,3 @@ def test_ctrl_c_shows_what_was_learnt(barely_pretrained, monkeypatch, tmp_path):
     result = run("--no_gif", "--out", tmp_path)
     assert result.returncode == 130 and "after 2 iterations" in result.stdout
     assert (tmp_path / "run_2d.png").exists()
-
-
-def test_a_figure_that_cannot_be_written_leaves_the_last_one(tmp_path):
-    figure = tmp_path / "run_2d.png"
-    report_2d.write(figure, lambda path: path.write_text("old"))
-
-    def fail(path):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        report_2d.write(figure, fail)
-    assert figure.read_text() == "old"
