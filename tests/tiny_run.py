@@ -45,6 +45,7 @@ def flags(tiny, out, **changed):
         "max_train_steps": 3,
         "checkpointing_steps": 2,
         "validation_steps": 100,
+        "ema_steps": 1,  # or the saved LoRA would not have changed after three steps
         "gradient_checkpointing": False,
         **changed,
     }
