@@ -237,10 +237,3 @@ def test_boxes_are_in_the_pictures_own_pixels(tiny_detector):
             rows, columns = each.mask.nonzero().unbind(1)
             edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             assert each.mask.shape == (48, 80) and each.box == tuple(map(float, edges))
-
-
-def test_the_reward_end_to_end(tiny_detector, tiny_clip):
-    reward = geneval.load("cpu", f"{tiny_detector},{tiny_clip}")
-    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    metadata = [{"tag": "colors", "include": [clause("cat", color="red")]}] * 2
-    assert all(0 <= score <= 1 for score in reward(images, metadata))

@@ -152,23 +152,6 @@ def test_a_lora_that_does_not_fit_is_one_sentence(write, tiny_model, tiny, tmp_p
         start_from_lora(pipe, add_lora(pipe.transformer, 4, 8, 0), str(tmp_path))
 
 
-@pytest.mark.parametrize(("share", "twice"), [(0, 0), (1 / 4, 1), (1 / 2, 1), (3 / 4, 2), (1, 2)])
-def test_the_first_blocks_run_twice_for_the_same_gradient(share, twice, tiny_model):
-    runs, transformer = [], tiny_model.pipe.transformer
-    for i, block in enumerate(transformer.transformer_blocks):
-        block.register_forward_pre_hook(lambda *_, i=i: runs.append(i))
-
-    def gradient():
-        loss = tiny_model.velocity(TEXT)(*point(tiny_model)).square().mean()
-        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, tiny_model.theta)])
-
-    plain = gradient()
-    assert runs == [0, 1]
-    recompute(transformer, share)
-    assert (gradient() - plain).abs().max() < 1e-6 < plain.abs().max()
-    assert sorted(runs[2:]) == sorted([0, 1, *range(twice)])
-
-
 def test_a_base_in_8_bits_trains_a_lora_for_the_full_base(tiny, tmp_path):
     """theta and the reference share the int8 base, which no step and no swap changes."""
     pytest.importorskip("torchao")

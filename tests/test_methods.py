@@ -252,10 +252,6 @@ def test_the_family_has_one_slope_at_theta_old(method, A):
     assert (after - before) / 0.02 == pytest.approx(-2 * A, rel=0.03)
 
 
-def test_a_good_sample_of_awm_is_regressed():
-    torch.testing.assert_close(figures.loss_of_one("AWM", LINE, 1.0), (LINE - 1) ** 2 - 1)
-
-
 def test_what_becomes_of_a_bad_sample():
     curves = {method: figures.loss_of_one(method, LINE, -1.0) for method in figures.FAMILY}
     far = {method: curve[0].item() for method, curve in curves.items()}  # at v = -100

@@ -191,13 +191,6 @@ def test_a_sign_that_the_engine_does_not_know_is_refused(reward):
             ocr.check_prompt({"prompt": f'a sign "{text}"'})
 
 
-def test_a_picture_of_one_line_needs_no_search_for_text(reward):
-    line, texts = ocr.load("cpu", line=192), ["OPEN DAILY", "OPEN DALY", "NO EXIT", ""]
-    images = torch.stack([sign(text, size=52)[:, 144:240] for text in texts])
-    scores = line(images, ["it says 'OPEN DAILY'"] * 4)
-    assert scores == pytest.approx([1, 8 / 9, ocr.similarity("NO EXIT", "OPEN DAILY"), 0])
-
-
 def test_missing_packages_and_superfluous_models_are_named(monkeypatch):
     with pytest.raises(rewards.RewardError, match="models are part of the package rapidocr"):
         rewards.load("ocr", "cpu", "mine")
