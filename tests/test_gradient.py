@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dgpo
-from sd35.gradient import backward_group_loss, combine_advantages
+from sd35.gradient import backward_group_loss
 
 F64 = torch.float64
 
@@ -134,17 +134,3 @@ def test_a_group_of_equal_rewards_evaluates_theta_and_the_kl_reference_only(micr
     torch.testing.assert_close(gradient, theta.gradient())
     assert gradient.abs().max() > 0
     assert metrics["gap"].tolist() == [0, 0, 0] and metrics["gate"].tolist() == [0.5, 0.5, 0.5]
-
-
-def test_several_rewards_are_combined_by_their_advantages_or_as_a_sum():
-    one, two = normal(3, 6).float(), 100 * normal(3, 6, seed=1).float()
-    scores = {"one": (2.0, one), "two": (0.5, two)}
-
-    def advantages(rewards):
-        return dgpo.group_advantages(rewards, "batch", eps=1e-4, clamp=5.0)
-
-    added = combine_advantages(scores, "batch", "advantages")
-    torch.testing.assert_close(added, 2 * advantages(one) + 0.5 * advantages(two))
-    assert added.sum(1).abs().max() < 1e-5  # so the weights balance, and Z(c) cancels
-    total = combine_advantages(scores, "batch", "rewards")
-    torch.testing.assert_close(total, advantages(2 * one + 0.5 * two))
