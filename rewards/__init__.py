@@ -11,7 +11,8 @@
 Arguments are passed by name where the function names them (images, prompts, and metadata or
 prompt_metadata), otherwise by position, so that flow_grpo's functions of images, prompts and
 metadata run unchanged. Coroutines are awaited. The trainer loads and calls rewards in one worker
-thread, where no signal handler can be set. Name your own reward as path/to/file.py:function or package.module:function:
+thread, where no signal handler can be set. Name your own reward as path/to/file.py:function or
+package.module:function:
 
     def blueness(images, prompts):
         wanted = images.new_tensor([1.0 if "blue" in text.lower() else -1.0 for text in prompts])
