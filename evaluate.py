@@ -30,13 +30,12 @@ from tqdm import tqdm
 
 import rewards
 from sd35 import prompts as prompt_lists
-from sd35.lora import LORA_FILE, load_lora
+from sd35.lora import LORA_FILE, PEFT_FILES, check_folder, load_lora
 from sd35.model import decode, load_pipeline, place
 from sd35.report import sheet
 from sd35.run import replace_file, run_script
 from sd35.settings import Settings, UserError, parse
 
-LORA_FILES = (LORA_FILE, "adapter_model.safetensors", "adapter_config.json")  # the last two: PEFT's
 VARIANTS = ("base", "lora")
 ROWS = ("base", "LoRA", "difference")
 OF_THE_RUN = "pretrained_model_name_or_path guidance_scale resolution max_sequence_length".split()
@@ -82,8 +81,7 @@ class EvaluationSettings:
 def resolve(settings: EvaluationSettings) -> None:
     """Fill in what depends on the run that trained the LoRA and on its reward. Raises UserError."""
     lora = Path(settings.lora).absolute()
-    if not any((lora / name).exists() for name in LORA_FILES[:2]):
-        raise UserError(f"--lora must be a folder with {LORA_FILES[0]} or {LORA_FILES[1]}")
+    check_folder("--lora", lora)
     file = lora / "settings.yaml"  # another trainer's LoRA has none: then our defaults apply
     trained = yaml.safe_load(file.read_text("utf-8")) if file.exists() else {}
     for name in OF_THE_RUN:
@@ -107,7 +105,7 @@ def resolve(settings: EvaluationSettings) -> None:
 def claim_folder(settings: EvaluationSettings, prompts: list[dict]) -> None:
     """Write evaluation.json. Raises UserError if the folder has images of another evaluation."""
     out, digest = Path(settings.output_dir), hashlib.sha256()
-    for file in (Path(settings.lora) / name for name in LORA_FILES):
+    for file in (Path(settings.lora) / name for name in (LORA_FILE, *PEFT_FILES)):
         digest.update(file.read_bytes() if file.exists() else b"")
     names = (*OF_THE_RUN, "num_inference_steps", "seeds")
     drawn = {f"--{name}": getattr(settings, name) for name in names}
@@ -180,6 +178,7 @@ def bootstrap(scores: np.ndarray, lines: list[str], tasks: list[list[int]]) -> d
     Returns None for each row if a task has no scores.
     """
     mean, means, values = 0.0, 0.0, np.stack([*scores, scores[1] - scores[0]], 1)  # (N, 3)
+    rng = np.random.default_rng(0)
     for task in tasks:
         clusters = defaultdict(list)
         for i in task:
@@ -188,7 +187,7 @@ def bootstrap(scores: np.ndarray, lines: list[str], tasks: list[list[int]]) -> d
         if not clusters:
             return dict.fromkeys(ROWS)
         n = len(clusters)
-        drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 10_000)  # resamples
+        drawn = rng.multinomial(n, np.full(n, 1 / n), 10_000)  # resamples
         sums = np.array([np.sum(images, 0) for images in clusters.values()])  # (n, 3)
         counts = np.array([[len(images)] for images in clusters.values()])
         mean = mean + sums.sum(0) / counts.sum() / len(tasks)
@@ -259,7 +258,7 @@ def evaluate(settings: EvaluationSettings) -> None:
     resolve(settings)
     out, prompts = Path(settings.output_dir), prompt_lists.load(settings.prompts)
     rewards.check_prompts(settings.metrics, prompts)
-    models = dict(pair.split("=", 1) for pair in settings.reward_model)
+    models = rewards.parse_models(settings.reward_model, settings.metrics)
     # One process may finish hours before another: the default of ten minutes is too short.
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     state = PartialState(cpu=not gpu, timeout=timedelta(days=1))
@@ -280,15 +279,16 @@ def evaluate(settings: EvaluationSettings) -> None:
         keys = {path: score_key(path, images[path], metric, models.get(metric)) for path in images}
         todo = [path for path in mine if keys[path] not in scores]
         reward = rewards.load(metric, state.device, models.get(metric)) if todo else None
-        new = {}
-        for batch in batches(todo, settings.batch_size, f"scoring by {metric}"):
-            pictures = torch.stack([read_image(path) for path in batch]).to(state.device)
-            values, _ = rewards.score(metric, reward, pictures, [images[path] for path in batch])
-            new |= dict(zip([keys[path] for path in batch], values.tolist(), strict=True))
-        for part in gather_object([new]):
-            scores |= part
-        if state.is_main_process:  # after each metric, as the next one may fail
-            replace_file(file, partial(Path.write_text, data=json.dumps(scores)))
+        try:
+            for batch in batches(todo, settings.batch_size, f"scoring by {metric}"):
+                pictures = torch.stack([read_image(path) for path in batch]).to(state.device)
+                values, _ = rewards.score(metric, reward, pictures, [images[p] for p in batch])
+                scores |= dict(zip([keys[p] for p in batch], values.tolist(), strict=True))
+            for part in gather_object([scores]):
+                scores |= part
+        finally:  # a metric that fails or is interrupted goes on from here
+            if state.is_main_process:
+                replace_file(file, partial(Path.write_text, data=json.dumps(scores)))
         answers[metric] = np.array([scores[key] for key in keys.values()]).reshape(2, -1)
     if state.is_main_process:
         print(report(settings, images, answers))

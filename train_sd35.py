@@ -3,9 +3,9 @@
     python train_sd35.py --reward pickscore                       # one GPU
     accelerate launch train_sd35.py --reward pickscore            # all GPUs of a machine, or more
 
-The method is in dgpo.py, and its gradient for groups that do not fit in memory in sd35/gradient.py.
-The model is in sd35/model.py, every argument in sd35/settings.py, and what a run leaves in
-sd35/run.py. This file has the loop, which is Algorithm 1, and the step.
+The method is in dgpo.py, its gradient for large groups in sd35/gradient.py, the model in
+sd35/model.py, every argument in sd35/settings.py, and what a run leaves in sd35/run.py. This file
+has the loop, which is Algorithm 1, and the step.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Trainer:
         theta = lora.add_lora(pipe.transformer, settings.rank, settings.lora_alpha, settings.seed)
         lora.recompute(pipe.transformer, settings.gradient_checkpointing is not False)
         if settings.init_lora:
-            lora.start_from_lora(pipe, theta, settings.init_lora)
+            lora.start_from_lora(pipe, settings.init_lora)
         if settings.compile:
             lora.compile_blocks(pipe.transformer)
         images = int(settings.micro_batch_size.replace("auto", "0"))
@@ -77,22 +77,20 @@ class Trainer:
 
         # One thread loads the rewards and calls them all, while the next group is drawn.
         self.reward_thread = ThreadPoolExecutor(1, "reward", self.on_device)
-        self.rewards = self.load_rewards("reward")
-        self.watched = {**self.rewards, **self.load_rewards("eval_reward")}
+        self.rewards = self.load_rewards(rewards.parse(settings.reward))
+        watched = rewards.parse(settings.eval_reward) if accelerator.is_main_process else {}
+        new = {name: watched[name] for name in watched if name not in self.rewards}
+        self.watched = self.rewards | self.load_rewards(new)
 
     def on_device(self) -> None:
         if self.device.type == "cuda":  # a new thread begins on the first GPU
-            torch.cuda.set_device(self.device)
+            torch.cuda.set_device(self.model.device)  # unlike self.device, it always has an index
 
-    def load_rewards(self, flag: str) -> Rewards:
-        """The rewards of --reward or --eval_reward, loaded in their thread."""
+    def load_rewards(self, weights: dict[str, float]) -> Rewards:
+        """Load the rewards in their thread."""
         models = dict(pair.split("=", 1) for pair in self.settings.reward_model)
-        device = run.reward_device(self.device)
-        weights = rewards.parse(getattr(self.settings, flag))
-        loading = {
-            name: self.reward_thread.submit(rewards.load, name, device, models.get(name))
-            for name in weights
-        }
+        device, thread = run.reward_device(self.device), self.reward_thread
+        loading = {k: thread.submit(rewards.load, k, device, models.get(k)) for k in weights}
         return {name: (weights[name], reward.result()) for name, reward in loading.items()}
 
     def own(self, groups: Sequence) -> Sequence:
@@ -313,6 +311,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
 def read_prompts(settings: Settings) -> tuple[list[dict], list[dict]]:
     """Training and validation prompts, checked against the rewards. Raises UserError."""
     trained, watched = rewards.parse(settings.reward), rewards.parse(settings.eval_reward)
+    rewards.parse_models(settings.reward_model, [*trained, *watched])
     training = prompts.load(settings.train_prompts or task_of(settings.reward))
     if settings.validation_prompts:
         validation = prompts.load(settings.validation_prompts)
@@ -331,9 +330,11 @@ def train(settings: Settings) -> None:
     if settings.push_to_hub and not huggingface_hub.get_token():
         raise UserError("--push_to_hub needs a token; run `hf auth login`, or set HF_TOKEN")
     sd35.trained_times(settings)  # to find a mistake before the model is loaded
+    lora.check_folder("--init_lora", settings.init_lora)
     training, validation = read_prompts(settings)
     state = run.open_folder(settings)
-    if state and state["step"] >= settings.max_train_steps and (out / lora.LORA_FILE).exists():
+    done = state and state["step"] >= settings.max_train_steps and (out / lora.LORA_FILE).exists()
+    if done and not settings.push_to_hub:
         print(f"nothing to do: the run in {out} has done {state['step']} steps")
         return
 
@@ -390,11 +391,11 @@ def train(settings: Settings) -> None:
         trainer.save()
         if main_process and trainer.metrics:
             run.add_metrics(metrics_file, trainer.metrics)
-        saved = f"after {trainer.done} steps; continue with --resume_from_checkpoint latest"
+        when = f"after {trainer.done} steps; continue with --resume_from_checkpoint latest"
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"stopped {saved}") from None
+            raise KeyboardInterrupt(f"stopped {when}") from None
         if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(f"out of memory {saved}, and lower --micro_batch_size") from None
+            raise UserError(f"out of memory {when}; lower --micro_batch_size or quantize") from None
         raise
 
     if main_process:

@@ -36,8 +36,8 @@ class World:
     network: Callable[[], nn.Module]
     sample_data: Callable[[Tensor, torch.Generator], Tensor]  # c (N,) -> x0 (N, D)
     reward: Callable[[Tensor, Tensor], Tensor]  # c (...), x (..., D) -> (...)
-    # c (N,), x (N, D) -> is it right (N,), distance from the data (N,), position (N, 2)
-    judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    # c (N,), x (N, D) -> whether it is correct (N,), position (N, 2)
+    judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     goal: Goal  # its best: the most that a ring's reward can be, and the mean over the best blobs
     spread: float  # std of the positions of these under one condition
     budget: int = 1_500_000  # forward passes of a run that is reported
@@ -64,8 +64,7 @@ def ring(dims: int) -> World:
     """flow2d's ring in a plane of R^D, turned at random, with a little noise off the plane.
 
     The reward sees only the plane. A sample is correct within 3 std of a mode and within 2.1 std (a
-    root mean square) of the plane. Its distance is the larger of the two, each in units of its root
-    mean square over the data, so that the data is at about 1.
+    root mean square) of the plane.
     """
     turn, _ = torch.linalg.qr(torch.randn(dims, dims, generator=torch.Generator().manual_seed(0)))
     turn = torch.eye(2) if dims == 2 else turn
@@ -77,14 +76,13 @@ def ring(dims: int) -> World:
     def reward(c: Tensor, x: Tensor) -> Tensor:
         return flow2d.reward(c, x @ turn[:, :2])
 
-    def judge(c: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def judge(c: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x @ turn
-        from_mode = torch.cdist(x[:, :2], flow2d.mode_centers()).amin(1) / flow2d.STD
-        distance = from_mode / math.sqrt(2)
+        distance = torch.cdist(x[:, :2], flow2d.mode_centers()).amin(1) / flow2d.STD / math.sqrt(2)
         if dims > 2:
             off_plane = x[:, 2:].square().mean(1).sqrt() / AMBIENT_STD
             distance = torch.maximum(distance, off_plane)
-        return distance < 3 / math.sqrt(2), distance, x[:, :2]
+        return distance < 3 / math.sqrt(2), x[:, :2]
 
     def network() -> nn.Module:
         return flow2d.VelocityNet() if dims == 2 else SkipNet(64, dims)
@@ -126,12 +124,12 @@ def blobs() -> World:
     places = torch.cartesian_prod(steps, steps)
     templates = draw(places)
 
-    def judge(c: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def judge(c: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         distance, nearest = torch.cdist(x, templates).min(1)
         distance = distance / templates[nearest].norm(dim=1)
         position = places[nearest]
         in_quadrant = (position * quadrants[c] > 0).all(1)
-        return in_quadrant & (distance < 0.35), distance, position
+        return in_quadrant & (distance < 0.35), position
 
     ideal = (torch.cartesian_prod(*[torch.linspace(0, limit, 50)] * 2)) * quadrants[0]
     best = reward(torch.zeros(len(ideal), dtype=torch.long), draw(ideal)).mean().item()
@@ -287,10 +285,10 @@ def run(name: str, seed: int, setting: Setting, budget: float, followed: float =
 
     def evaluate(cost: int) -> Evaluation:
         x = flow2d.sample(averaged, c, noise, EVALUATION_STEPS)
-        right, distance, position = world.judge(c, x)
+        correct, position = world.judge(c, x)
         spread = position.view(flow2d.CONDITIONS, SAMPLES, 2).std(1).mean() / world.spread
-        values = world.reward(c, x).mean(), right.float().mean(), spread
-        if not (sum(values) + distance.mean()).isfinite():
+        values = world.reward(c, x).mean(), correct.float().mean(), spread
+        if not sum(values).isfinite():
             raise Diverged
         return Evaluation(cost, *(float(f"{value.item():.4g}") for value in values))
 

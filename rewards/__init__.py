@@ -9,9 +9,10 @@
     info      a dict whose numbers are logged as means (optional)
 
 Arguments are passed by name where the function names them (images, prompts, and metadata or
-prompt_metadata), otherwise by position. Coroutines are awaited, and functions written for flow_grpo
-run unchanged. The trainer loads and calls rewards in one worker thread, where no signal handler can
-be set. Name your own reward as path/to/file.py:function or package.module:function:
+prompt_metadata), otherwise by position, so that flow_grpo's functions of images, prompts and
+metadata run unchanged. Coroutines are awaited. The trainer loads and calls rewards in one worker
+thread, where no signal handler can be set. Name your own reward as path/to/file.py:function or
+package.module:function:
 
     def blueness(images, prompts):
         wanted = images.new_tensor([1.0 if "blue" in text.lower() else -1.0 for text in prompts])
@@ -79,6 +80,16 @@ def parse(specs: list[str]) -> dict[str, float]:
             raise RewardError(f"the reward {name} is given twice")
         weights[name] = weight
     return weights
+
+
+def parse_models(pairs: list[str], names: Iterable[str]) -> dict[str, str]:
+    """Parse pairs "name=model" into models by name. Raises RewardError unless all are in names."""
+    models = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, model in models.items():
+        if name not in names or not model:
+            known = ", ".join(f"{name}=..." for name in names)
+            raise RewardError(f"--reward_model takes {known}, got {name}{model and '='}{model}")
+    return models
 
 
 def check_prompts(names: Iterable[str], prompts: list[dict]) -> None:

@@ -1,7 +1,7 @@
 """A reward that runs elsewhere, behind HTTP, with JSON both ways.
 
-The trainer posts {"images": [PNG files in base64], "prompts": [strings], "metadata": [objects]}
-and answers {"scores": [a number for each image, or null]}. With Pillow, a server reads an
+The trainer posts {"images": [PNG files in base64], "prompts": [strings], "metadata": [objects]},
+and the server answers {"scores": [a number for each image, or null]}. With Pillow, it reads an
 image by Image.open(io.BytesIO(base64.b64decode(png))).
 """
 
@@ -12,6 +12,7 @@ import io
 import json
 import urllib.request
 from http.client import HTTPException
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 import torch
@@ -49,6 +50,9 @@ def post(url: str, content: dict) -> dict:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             return json.load(response)
+    except HTTPError as error:  # the body has the server's reason
+        reason = " ".join(error.read().decode(errors="replace").split())[:300]
+        raise RewardError(f"{url} answered {error.code} {error.reason}: {reason}") from None
     except (OSError, HTTPException, ValueError) as error:
         raise RewardError(f"{url} did not answer with JSON: {error or type(error)}") from None
 

@@ -9,11 +9,13 @@ LLaVA-OneVision, whose architecture SGLang serves and vLLM does not:
 Later versions are Qwen-VLs and score differently: `vllm serve`, with the same served-model-name.
 
 **The wording of the question decides the number.** QUESTION below is ours; do not compare its
-scores with published ones. For those, copy the authors' wording into a file, with {prompt} in the
-place of the prompt: --reward_model unifiedreward=http://host:8000/v1,template=question.txt
+scores with published ones. For those, copy the authors' wording into a file, with real line breaks
+and with {prompt} in the place of the prompt:
+--reward_model unifiedreward=http://host:8000/v1,template=question.txt
 It is in github.com/CodeGoat24/UnifiedReward: `question` in sglang_llava/sglang_inference.py for
 UnifiedReward-7b-v1.5 (the same in flow_grpo/rewards.py of Luo-Yihong/DGPO), and "text" in
-inference_qwen/image_generation/qwen_point_score_image_generation.py for the Qwen-VLs.
+inference_qwen/image_generation/qwen_point_score_image_generation.py for the Qwen-VLs. It must ask
+for a "Final Score:", as the ACS wording of UnifiedReward-2.0 does not.
 
 The released code resizes images to 512 px, divides points by 5 and counts an answer without a
 score as 0. Here images keep their size, points are 1 to 5, and such an answer is NaN: no score.

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from sd35.settings import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 LORA_TARGETS = "add_k_proj add_q_proj add_v_proj to_add_out to_k to_q to_v to_out.0"  # of attn
 
 
@@ -98,8 +99,8 @@ def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> None:
 
 
 @torch.no_grad()
-def start_from_lora(pipe: Any, theta: list[nn.Parameter], folder: str) -> None:
-    """Give theta the values of the LoRA in a folder, whatever its alpha. Raises UserError."""
+def start_from_lora(pipe: Any, folder: str) -> None:
+    """Give the pipeline's LoRA the values of one in a folder, of any alpha. Raises UserError."""
     load_lora(pipe, folder, name="start")
     for module in pipe.transformer.modules():
         if isinstance(module, LoraLayer) and "start" in module.lora_A:
@@ -113,19 +114,23 @@ def start_from_lora(pipe: Any, theta: list[nn.Parameter], folder: str) -> None:
             module.lora_B["default"].weight.copy_(b * scale)
     pipe.transformer.delete_adapters("start")
     pipe.transformer.set_adapter("default")
-    for parameter in theta:
-        parameter.requires_grad_()
+
+
+def check_folder(flag: str, folder: Path | str | None) -> None:
+    """Raise UserError if a folder is given and has no LoRA in the form of diffusers or PEFT."""
+    names = LORA_FILE, PEFT_FILES[0]
+    if folder and not any((Path(folder) / name).exists() for name in names):
+        raise UserError(f"{flag} must be a folder with {' or '.join(names)}")
 
 
 def load_lora(pipe: Any, folder: Path | str, name: str | None = None) -> None:
     """Load a LoRA into a pipeline, in the form of diffusers or PEFT. Raises UserError.
 
     diffusers' is LORA_FILE, from the pipeline's save_lora_weights or from the transformer's
-    save_lora_adapter. PEFT's is adapter_model.safetensors with adapter_config.json, from
-    save_pretrained.
+    save_lora_adapter. PEFT's is PEFT_FILES, from save_pretrained.
     """
     folder, transformer = Path(folder), pipe.transformer
-    is_peft = (folder / "adapter_config.json").exists()
+    is_peft = (folder / PEFT_FILES[1]).exists()
     try:
         weights = load_peft_weights(folder, "cpu") if is_peft else load_file(folder / LORA_FILE)
         weights = {key.removeprefix("base_model.model."): w for key, w in weights.items()}

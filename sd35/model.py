@@ -66,8 +66,9 @@ def load_pipeline(model: str, dtype: torch.dtype, quantize: str = "none") -> Any
         pipe = kind.from_pretrained(folder, dtype=dtypes, **options)
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         hint = "give its name on the hub, or a folder that save_pretrained has written"
-        if isinstance(error.__cause__, HfHubHTTPError):
-            hint = f"accept its licence at https://huggingface.co/{model} and run `hf auth login`"
+        if isinstance(error, HfHubHTTPError) or isinstance(error.__cause__, HfHubHTTPError):
+            page = f"https://huggingface.co/{model}"
+            hint = f"check the name, or accept the licence at {page} and run `hf auth login`"
         raise UserError(f"cannot load --model {model}; {hint} ({one_line(error)})") from None
     pipe.set_progress_bar_config(disable=True)
     for module in pipe.components.values():
@@ -76,13 +77,13 @@ def load_pipeline(model: str, dtype: torch.dtype, quantize: str = "none") -> Any
     return pipe
 
 
-ALL_NETWORKS = 20e9  # bytes of GPU memory that hold all of SD3.5 Medium and a forward pass
+ALL_NETWORKS = 20e9  # bytes of GPU memory that hold all of SD3.5 Medium in bf16, and a pass
 
 
 def place(pipe: Any, device: torch.device) -> None:
     """Put the networks on the device; on a small GPU, each one only while it is used."""
-    cuda = device.type == "cuda"
-    if cuda and torch.cuda.get_device_properties(device).total_memory < ALL_NETWORKS:
+    cuda, need = device.type == "cuda", ALL_NETWORKS * pipe.transformer.dtype.itemsize / 2
+    if cuda and torch.cuda.get_device_properties(device).total_memory < need:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)

@@ -27,7 +27,7 @@ from sd35.settings import Settings
 DEFAULT = Settings.pretrained_model_name_or_path  # stands for random weights
 T5_GB = {"none": 9.5246, "int8": 4.8941}  # T5-XXL's encoder, the largest: in bf16, in int8
 PICKSCORE_GB, PICKSCORE_TFLOP = 3.9, 0.33459  # in float32; its image encoder, for one image
-CARDS = (8, 16, 24, 40, 80)  # GB
+CARDS = (8, 12, 16, 24, 40, 80)  # GB
 
 # The networks' geometry, where it is not the default of their classes
 MEDIUM = dict(

@@ -165,13 +165,13 @@ class Validation:
             images.append(self.model.decode(latents).cpu())
         return torch.cat(images)
 
-    def mean_score(self, name: str, images: Tensor) -> float:
-        """The mean score of the images, 16 at a time."""
+    def scores(self, name: str, images: Tensor) -> Tensor:
+        """The scores (N,) of the images, 16 at a time."""
         scores = []
         for i in range(0, len(images), 16):
             part = images[i : i + 16].to(self.model.device)
             scores.append(score(name, self.rewards[name][1], part, self.prompts[i : i + 16])[0])
-        return torch.cat(scores).mean().item()
+        return torch.cat(scores)
 
     def __call__(self, done: int) -> tuple[dict[str, float], np.ndarray]:
         """Save the sheet of a step. Returns the mean scores, and the sheet (H, W, 3)."""
@@ -186,8 +186,10 @@ class Validation:
 
         means = {}
         for name in self.rewards:
-            for kind, images in (("eval_base", self.base), ("eval", now)):
-                means[f"{kind}/{name}"] = self.thread.submit(self.mean_score, name, images).result()
+            pairs = [self.thread.submit(self.scores, name, x).result() for x in (self.base, now)]
+            scored = torch.stack(pairs).isfinite().all(0)  # a pair with a NaN does not count
+            for kind, values in zip(("eval_base", "eval"), pairs, strict=True):
+                means[f"{kind}/{name}"] = values[scored].mean().item()
         return means, np.asarray(sheet)
 
 

@@ -32,7 +32,7 @@ from sd35.settings import Settings, UserError
 
 # With at least this many GB of GPU memory, rewards share the GPU; with less, they run on the CPU,
 # beside the rollout.
-REWARD_ROOM = 12
+REWARD_ROOM = 15
 
 # The shares of the transformer's blocks that may be recomputed in the backward pass.
 SHARES = (0, 1 / 2, 1)

@@ -144,7 +144,8 @@ class Settings:
         self.combine = self.combine or ("advantages" if len(self.reward) > 1 else "rewards")
         m, number = self.train_samples or 2, self.micro_batch_size.replace("auto", "1")
         positive = "prompts_per_step num_inference_steps train_timesteps beta rank learning_rate "
-        positive += "updates_per_rollout ema_steps checkpoints_total_limit"
+        positive += "updates_per_rollout ema_steps checkpoints_total_limit checkpointing_steps "
+        positive += "validation_steps"
         for rule, broken in {
             **{f"{name} must be above 0": getattr(self, name) <= 0 for name in positive.split()},
             "group_size must be at least 2": self.group_size < 2,

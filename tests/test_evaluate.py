@@ -134,6 +134,17 @@ def test_the_mean_over_images_and_the_mean_over_tasks():
     assert over_tasks["difference"] == pytest.approx((0.25, 0.25, 0.25))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_tasks_of_one_length_are_resampled_apart(order):
+    """Two tasks with the same scores, in the same order or in the opposite one."""
+    values = np.random.default_rng(1).normal(3, 2, 100)
+    both, lines = np.concatenate([values, values[::order]]), [f"prompt {i}" for i in range(200)]
+    tasks = [range(100), range(100, 200)]
+    mean, low, high = evaluate.bootstrap(np.array([both, both]), lines, tasks)["base"]
+    half = 1.96 * values.std() / 200**0.5
+    assert (low, high) == pytest.approx((mean - half, mean + half), rel=0.03)
+
+
 def test_a_pair_without_a_score_is_left_out_of_all_rows():
     scores = np.array([[1, np.nan, 3], [2, 5, 4]])
     rows = evaluate.bootstrap(scores, list("abc"), [range(3)])
@@ -193,12 +204,18 @@ def test_a_metric_that_is_added_later_is_all_that_is_done(
     assert again["base"][DARKNESS][0] == pytest.approx(1 - again["base"][BRIGHTNESS][0], abs=1e-6)
 
 
-def test_what_a_metric_has_scored_is_saved_before_the_next_one(tiny, loras, prompts, tmp_path):
-    metrics = {"metrics": [BRIGHTNESS, f"{REWARD}:raising"]}
-    with pytest.raises(evaluate.rewards.RewardError, match="raising failed"):
+def test_what_a_metric_has_scored_is_saved_when_it_fails(tiny, loras, prompts, tmp_path):
+    (tmp_path / "fails.py").write_text(
+        "calls = []\n"
+        "def failing(images):\n"
+        "    calls.append(1)\n"
+        "    return images.mean((1, 2, 3)) if len(calls) < 4 else 1 / 0\n"
+    )
+    metrics = {"metrics": [BRIGHTNESS, f"{tmp_path}/fails.py:failing"]}
+    with pytest.raises(evaluate.rewards.RewardError, match="failing failed"):
         run(tiny, loras["nothing"], prompts, tmp_path / "out", **metrics)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert len(scores) == 24 and all(BRIGHTNESS in key for key in scores)
+    assert len(scores) == 24 + 3 * 4 and sum(BRIGHTNESS in key for key in scores) == 24
 
 
 def test_a_score_is_of_a_prompts_line_and_of_a_metrics_code_and_weights(monkeypatch, tmp_path):
@@ -276,6 +293,7 @@ def test_images_of_another_evaluation_are_not_mixed_in(name, tiny, loras, prompt
 MISTAKES = {
     "--lora {}": "--lora must be a folder with pytorch_lora_weights.safetensors or adapter_model",
     "--metrics magic": "no reward 'magic'",
+    "--reward_model aesthetic=mine": "--reward_model takes .*brightness=..., got aesthetic=mine",
     "--metrics ocr": "ocr cannot score prompt 1: ",
     "--metrics {}/own.py:f": "cannot load the reward .*own.py:f: ModuleNotFoundError",
     "--resolution 100": "--resolution must be a multiple of 16, got 100",
@@ -291,8 +309,9 @@ def test_a_mistake_is_reported_before_anything_is_drawn(line, tiny, loras, promp
         shapes.build(width=64, layers=2).save_pretrained(tmp_path / "wide")
     settings = settings_of(tiny, loras["much"], prompts, tmp_path / "out")
     flag, value = line.format(tmp_path).removeprefix("--").split()
-    flag = flag.replace("model", "pretrained_model_name_or_path")
-    value = [value] if flag == "metrics" else int(value) if value.isdecimal() else value
+    flag = "pretrained_model_name_or_path" if flag == "model" else flag
+    value = int(value) if value.isdecimal() else value
+    value = [value] if flag in ("metrics", "reward_model") else value
     setattr(settings, flag, value)
     with pytest.raises((UserError, evaluate.rewards.RewardError), match=MISTAKES[line]):
         evaluate.evaluate(settings)

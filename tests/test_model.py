@@ -17,9 +17,15 @@ from tiny_sd35 import shapes
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("gb", "call"), [(12, "enable_model_cpu_offload"), (24, "to")])
-def test_networks_take_turns_on_a_small_gpu(gb, call, monkeypatch):
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+TURNS = [(12, BF16, "enable_model_cpu_offload"), (24, BF16, "to")]
+TURNS += [(32, FLOAT32, "enable_model_cpu_offload"), (48, FLOAT32, "to")]
+
+
+@pytest.mark.parametrize(("gb", "dtype", "call"), TURNS)
+def test_networks_take_turns_on_a_small_gpu(gb, dtype, call, monkeypatch):
     properties, pipe = SimpleNamespace(total_memory=gb * 10**9), Mock()
+    pipe.transformer.dtype = dtype
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     sd35.place(pipe, torch.device("cuda:0"))
     sd35.place(pipe, CPU)
@@ -114,13 +120,19 @@ def test_a_model_that_does_not_load_is_one_sentence(name, tmp_path):
         sd35.load_pipeline(name.format(tmp_path), torch.float32)
 
 
-def test_a_gated_model_needs_its_licence(monkeypatch):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_the_hub_refuses_needs_its_name_or_its_licence(wrapped, monkeypatch):
+    """For a gated model the hub's error comes as it is, for an unknown name as another's cause."""
+    error = GatedRepoError("gated", response=SimpleNamespace(headers={}, request=None))
+
     def download(name):
-        response = SimpleNamespace(headers={}, request=None)
-        raise OSError("gated") from GatedRepoError("gated", response=response)
+        if wrapped:
+            raise OSError("no such model") from error
+        raise error
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "download", download)
-    with pytest.raises(UserError, match="accept its licence at https://huggingface.co/a/b and run"):
+    hint = "check the name, or accept the licence at https://huggingface.co/a/b and run"
+    with pytest.raises(UserError, match=hint):
         sd35.load_pipeline("a/b", torch.float32)
 
 

@@ -29,6 +29,8 @@ TARGETS = {
     'A sign with 5" nails and "OPEN" and "SHUT"': "OPEN SHUT",
     "A '90s style sign that says 'OPEN'": "OPEN",
     "Rock 'n' roll sign reads 'LIVE'": "LIVE",
+    "a sign \"Rock 'n' Roll\"": "Rock 'n' Roll",
+    "a sign 'Rock 'n' Roll'": "Rock ‛n‛ Roll",  # which has the same normal form
     "GUNS 'N' ROSES on one side, 'N' on the other": "N",
     'A sign that says “SALE” above a button "OK"': "SALE OK",
     'A sign: "" and "OPEN"': "OPEN",
@@ -40,6 +42,9 @@ TARGETS = {
     "«Bienvenue»": "Bienvenue",
     "”OPEN”": "OPEN",
     '写着"营业中"的牌子': "营业中",
+    '海报上写着"2026"和"新年快乐"': "2026 新年快乐",
+    'two signs, "Exit 5","Exit 6"': "Exit 5 Exit 6",
+    "a rockin' bar's sign 'LIVE', the dogs' favourite": "LIVE",
 }
 
 
@@ -52,10 +57,10 @@ REFUSED = {
     "a dog": "no text in quotation marks",
     "the dogs' owner's hat": "no text in quotation marks",
     'nothing in ""': "no text in quotation marks",
-    'a sign that says "OPEN': "a quotation mark is not closed",
-    "a sign that says 'OPEN": "a quotation mark is not closed",
-    'a sign "A 12" pizza" in red': r"""may quote \['A 12'\] or \['A 12" pizza'\]""",
-    "a sign 'The dogs' den'": r"""may quote \['The dogs'\] or \["The dogs' den"\]""",
+    'a sign that says "OPEN': "it is unclear what",
+    "a sign that says 'OPEN": "it is unclear what",
+    'a sign "A 12" pizza" in red': "it is unclear what",
+    "a sign 'The dogs' den'": "it is unclear what",
 }
 
 
@@ -184,7 +189,7 @@ def test_small_words_in_a_large_picture_are_found(reward):
 
 
 def test_a_sign_that_the_engine_does_not_know_is_refused(reward):
-    for text in ("Open 24/7 – Café №5", "Straße “Łódź”", "営業中"):
+    for text in ("Open 24/7 – Café №5", "Straße “Łódź”", "営業中", "¡Hola! ¿Qué tal?"):
         ocr.check_prompt({"prompt": f"a sign 「{text}」"})
     for text, unknown in (("Кафе", "а"), ("שלום", "ו"), ("카페", "카"), ("مقهى", "ق")):
         with pytest.raises(rewards.RewardError, match=f"the OCR engine cannot read '{unknown}' in"):

@@ -276,7 +276,7 @@ def test_a_run_begins_by_saying_what_it_does(tmp_path, capsys):
         assert ("give --ema_steps 1" in said) == warned
 
 
-@pytest.mark.parametrize(("gb", "where"), [(8, "cpu"), (24, "cuda:0")])
+@pytest.mark.parametrize(("gb", "where"), [(8, "cpu"), (13, "cpu"), (17, "cuda:0")])
 def test_rewards_run_on_the_cpu_beside_a_small_gpu(gb, where, monkeypatch):
     properties = SimpleNamespace(total_memory=gb * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

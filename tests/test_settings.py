@@ -120,6 +120,7 @@ MISTAKES = {
     "--resolution 500": "--resolution must be a multiple of 16, got 500",
     "--train_samples 3": "--train_samples must be even and at most --group_size, got 3",
     "--beta 0": "--beta must be above 0, got 0",
+    "--validation_steps 0": "--validation_steps must be above 0, got 0",
 }
 
 

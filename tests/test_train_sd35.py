@@ -2,10 +2,12 @@
 
 import math
 import re
+import shutil
 import threading
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import own_rewards
@@ -330,6 +332,9 @@ MISTAKES = {
     "--train_prompts nowhere.txt": "cannot read nowhere.txt",
     "--reward ocr --validation_prompts fit.txt": "ocr cannot score prompt 1",
     "--eval_reward ocr --validation_prompts unfit.txt": "ocr cannot score prompt 2",
+    "--reward_model http://localhost": "--reward_model takes ",
+    "--reward ocr --eval_reward pickscore --reward_model picscore=mine": "got picscore=mine",
+    "--init_lora nowhere": "--init_lora must be a folder with pytorch_lora_weights.safetensors or",
     "--report_to paper": "--report_to paper: give none or one of",
     "--push_to_hub": "--push_to_hub needs a token; run `hf auth login`, or set HF_TOKEN",
     "--t_min 0.99": "--train_timesteps 2: only 1 of the rollout's 4 times",
@@ -425,6 +430,43 @@ def test_two_processes_take_the_same_steps(plain, tiny, tmp_path):
         assert pairs[0] == pytest.approx(pairs[1], rel=1e-3, abs=2e-6)
 
 
+def test_the_thread_of_the_rewards_works_on_the_models_gpu(monkeypatch):
+    """accelerate names a single GPU "cuda", and torch.cuda.set_device needs its number."""
+    chosen, model = [], SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cuda", "cpu"):
+        trainer = SimpleNamespace(device=torch.device(device), model=model)
+        train_sd35.Trainer.on_device(trainer)
+    assert chosen == [torch.device("cuda", 0)]
+
+
+def test_a_reward_is_loaded_once_and_watched_by_the_main_process_alone(tiny, tmp_path, monkeypatch):
+    load, loaded = train_sd35.rewards.load, []
+    monkeypatch.setattr(train_sd35.rewards, "load", lambda *a: loaded.append(a[0]) or load(*a))
+    both = [f"{REWARD}:brightness", f"{REWARD}:darkness"]
+    trainer = build(tiny, tmp_path, eval_reward=both)
+    assert list(trainer.rewards) == both[:1] and list(trainer.watched) == loaded == both
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    assert list(build(tiny, tmp_path, eval_reward=both).watched) == both[:1]
+
+
+def test_validation_images_without_a_score_are_left_out(tiny, tmp_path):
+    """nan_for_some has none for the last of a batch whose first prompt is odd in length."""
+    (tmp_path / "odd.txt").write_text("blue disc\nred square\ngreen disc")
+    name, lists = f"{REWARD}:nan_for_some", {"validation_prompts": tmp_path / "odd.txt"}
+    trainer = build(tiny, tmp_path, eval_reward=name, **lists)
+    watched = train_sd35.prompts.load(trainer.settings.validation_prompts)
+    trainer.model.encoded = trainer.encoder([line["prompt"] for line in watched], {})
+    how = trainer.watched, trainer.reward_thread
+    watch = train_sd35.report.Validation(trainer.settings, trainer.model, watched, *how)
+    means, _ = watch(1)
+    with trainer.model.saved_average():
+        now = watch.draw()
+    expected = {"eval_base": watch.base[:2].mean(), "eval": now[:2].mean()}
+    for kind, mean in expected.items():
+        assert means[f"{kind}/{name}"] == pytest.approx(mean.item(), abs=1e-6)
+
+
 def test_a_reward_that_is_only_watched_changes_no_step(plain, tiny, tmp_path):
     run(tiny, tmp_path, eval_reward=f"{REWARD}:darkness", validation_steps=2)
     assert bits(tmp_path) == bits(plain)
@@ -455,6 +497,21 @@ def test_rewards_are_loaded_and_called_in_one_thread_and_their_info_is_logged(ti
     assert line[f"info/{tmp_path}/cached.py:reward/words"] in (2, 3, 5)
 
 
+def test_a_finished_run_does_nothing_unless_it_is_to_be_pushed(
+    plain, tiny, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(plain, tmp_path / "run")
+    again = {"resume_from_checkpoint": "latest"}
+    run(tiny, tmp_path / "run", **again)
+    assert "nothing to do: the run in" in capsys.readouterr().out
+    uploaded = []
+    monkeypatch.setattr(train_sd35.huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(train_sd35.report, "make_repository", lambda settings: None)
+    monkeypatch.setattr(train_sd35.report, "upload", lambda s: uploaded.append(s.output_dir))
+    run(tiny, tmp_path / "run", push_to_hub=True, **again)
+    assert uploaded == [str(tmp_path / "run")] and bits(tmp_path / "run") == bits(plain)
+
+
 def test_prompts_that_are_truncated_are_announced(tiny, tmp_path, capsys):
     run(tiny, tmp_path, max_sequence_length=4, max_train_steps=1, prompts_per_step=1)
     said = r"\d prompts are longer than the text encoders read, such as 'red square on the left'"
@@ -471,7 +528,7 @@ def test_whatever_ends_a_run_its_steps_are_saved(tiny, tmp_path, monkeypatch):
         return decode(vae, latents)
 
     monkeypatch.setattr(sd35, "decode", full)
-    said = "out of memory after 1 steps; continue .*, and lower --micro_batch_size"
+    said = "out of memory after 1 steps; continue .*; lower --micro_batch_size or quantize"
     with pytest.raises(UserError, match=said):
         run(tiny, tmp_path)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
