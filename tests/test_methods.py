@@ -69,6 +69,20 @@ def test_the_clip_of_nft_does_what_its_b_does():
     torch.testing.assert_close(grad(clipped, b.v), grad(of_cut, b.v))
 
 
+def test_rvm_is_awm_with_a_kl_and_ram_is_it_at_one_with_the_raw_reward():
+    """RVM: A (v - v*) + anchor (v - v_ref). RAM: v regressed on v_ref + R (v* - v)."""
+    b, anchor = batch(), 0.3
+    kl = anchor * dgpo.mean_square(b.v, b.v_ref).mean()
+    of_each = b.advantages[..., None] * (b.v - b.v_star) + anchor * (b.v - b.v_ref)
+    ours = grad(methods.awm(b, Setting()) + kl, b.v)
+    torch.testing.assert_close(ours, 2 / b.v.numel() * of_each)
+
+    goal = (b.v_ref + b.rewards[..., None] * (b.v_star - b.v)).detach()
+    raw = methods.awm(b._replace(advantages=b.rewards), Setting())
+    ours = grad(raw + dgpo.mean_square(b.v, b.v_ref).mean(), b.v)
+    torch.testing.assert_close(ours, grad((b.v - goal).square().mean(), b.v))
+
+
 @pytest.mark.parametrize("method", ["CRD", "PAR", "V-GRPO"])
 def test_at_theta_old_it_is_awm(method):
     """Before the first update, the reward enters all of them as A grad L."""
@@ -76,6 +90,29 @@ def test_at_theta_old_it_is_awm(method):
     b = b._replace(v_old=b.v.detach().clone())
     ours = grad(methods.METHODS[method].loss(b, Setting(beta=3.0, clip=0.2)), b.v)
     torch.testing.assert_close(ours, grad(methods.awm(b, Setting()), b.v))
+
+
+def moved(scale, x):
+    """A pair at 1e-4 from theta_old, and what Diffusion-DPO does with it at scale * beta."""
+    b = pairs(50)
+    v_old = b.v.detach() + x * normal(50, 2, 3, seed=7)
+    b = b._replace(v_old=v_old, v_ref=v_old)
+    k, _ = dgpo.group_gradient(b.loss, b.loss_ref, b.advantages, scale * 2.0 / 2)
+    return b, grad((k * b.loss).mean(), b.v)
+
+
+@pytest.mark.parametrize(("method", "size", "scale"), [("CRD", 2, 2), ("Linear-DPO", 1, 1.6)])
+def test_the_residual_and_the_line_are_diffusion_dpo_to_first_order(method, size, scale):
+    """On a pair, at 2 and 1.6 times its beta: the difference is of third order, as in a sigmoid."""
+    errors = []
+    for x in (1e-2, 1e-3):
+        b, theirs = moved(scale, x)
+        ours = grad(methods.METHODS[method].loss(b, Setting(beta=2.0)), b.v) / size
+        errors.append((ours - theirs).abs().max().item())
+    assert errors[0] < 1e-4 and errors[1] < 2e-3 * errors[0]
+    b, theirs = moved(scale / 2, 1e-2)  # another beta is not the same
+    ours = grad(methods.METHODS[method].loss(b, Setting(beta=2.0)), b.v) / size
+    assert (ours - theirs).abs().max() > 10 * errors[0]
 
 
 def test_the_gate_of_linear_dpo_closes_and_opens_fully():
@@ -250,6 +287,10 @@ def test_the_family_has_one_slope_at_theta_old(method, A):
     """2 A e with e = v_old - v* = -1."""
     before, after = figures.loss_of_one(method, torch.tensor([-0.01, 0.01], dtype=F64), A)
     assert (after - before) / 0.02 == pytest.approx(-2 * A, rel=0.03)
+
+
+def test_a_good_sample_of_awm_is_regressed():
+    torch.testing.assert_close(figures.loss_of_one("AWM", LINE, 1.0), (LINE - 1) ** 2 - 1)
 
 
 def test_what_becomes_of_a_bad_sample():
