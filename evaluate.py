@@ -126,8 +126,6 @@ def batches(paths: list[Path], size: int, title: str) -> tqdm:
 def draw(settings: EvaluationSettings, device: torch.device, images: Images) -> None:
     """Draw the images that do not exist yet, each from noise that depends on its name alone."""
     missing = [path for path in images if not path.exists()]
-    if not missing:
-        return
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # False without a GPU
     dtype = torch.bfloat16 if bf16 else torch.float32
     pipe = load_pipeline(settings.pretrained_model_name_or_path, dtype)
@@ -222,7 +220,7 @@ def grid(images: Images, scores: np.ndarray, resolution: int) -> Image.Image:
 
 
 def report(settings: EvaluationSettings, images: Images, scores: dict[str, np.ndarray]) -> str:
-    """Write table.md, table.json and grid.png. Returns the tables. scores: (2, N) by metric."""
+    """Write table.md, table.json and grid.png. Returns what to say. scores: (2, N) by metric."""
     notes = ["Mean and 95 % bootstrap interval over prompts; the difference is paired by noise."]
     for metric, values in scores.items():
         if missing := (~np.isfinite(values)).sum():
@@ -250,7 +248,7 @@ def report(settings: EvaluationSettings, images: Images, scores: dict[str, np.nd
     first = next(iter(scores.values()))
     if np.isfinite(first).all(0).any():
         replace_file(out / "grid.png", grid(images, first, settings.resolution).save)
-    return text
+    return f"{text}\nwrote the tables and, if images have scores, grid.png to {out}"
 
 
 def evaluate(settings: EvaluationSettings) -> None:
@@ -271,10 +269,12 @@ def evaluate(settings: EvaluationSettings) -> None:
     if not all(path.exists() for path in mine):
         for metric in settings.metrics:  # so that a missing package shows before hours of drawing
             rewards.load(metric, state.device, models.get(metric))
-    draw(settings, state.device, mine)
+        draw(settings, state.device, mine)
 
     file, answers = out / "scores.json", {}
     scores = json.loads(file.read_text()) if file.exists() else {}
+    write = partial(replace_file, file, lambda path: path.write_text(json.dumps(scores)))
+    save = write if state.is_main_process else lambda: None
     for metric in settings.metrics:
         keys = {path: score_key(path, images[path], metric, models.get(metric)) for path in images}
         todo = [path for path in mine if keys[path] not in scores]
@@ -284,15 +284,14 @@ def evaluate(settings: EvaluationSettings) -> None:
                 pictures = torch.stack([read_image(path) for path in batch]).to(state.device)
                 values, _ = rewards.score(metric, reward, pictures, [images[p] for p in batch])
                 scores |= dict(zip([keys[p] for p in batch], values.tolist(), strict=True))
-            for part in gather_object([scores]):
-                scores |= part
-        finally:  # a metric that fails or is interrupted goes on from here
-            if state.is_main_process:
-                replace_file(file, partial(Path.write_text, data=json.dumps(scores)))
+        finally:  # if a metric fails, what the main process has scored is not lost
+            save()
+        for part in gather_object([scores]):
+            scores |= part
+        save()
         answers[metric] = np.array([scores[key] for key in keys.values()]).reshape(2, -1)
     if state.is_main_process:
         print(report(settings, images, answers))
-        print(f"wrote the tables and, if images have scores, grid.png to {out}")
     state.destroy_process_group()
 
 

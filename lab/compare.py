@@ -32,13 +32,12 @@ COMPARED = {"ring-2": (*ALL, "AWM", "GPO"), "blobs": ALL, "ring-32": ALL}
 IN_2D = tuple(COMPARED)
 MAIN = ("DGPO", "Bounded DGPO", "Flow-GRPO")  # the methods of the sweeps and of the check
 
-TINY = ("Bounded DGPO", "Flow-GRPO", "DGPO", "DiffusionNFT", "Diffusion-DPO")
-IN_WORDS = (*TINY, "ThermoDPO", "V-GRPO")  # the two of 2026 that do best in 2-D
+BEST = ("ThermoDPO", "V-GRPO")  # of 2026, in 2-D
 COMPARED |= {
-    "words": IN_WORDS,
-    "words-2": (*TINY[:3], "Diffusion-DPO"),
-    "words-3": IN_WORDS,
-    "shapes": TINY,
+    "words": (*MOST, *BEST),
+    "words-2": (*MAIN, "Diffusion-DPO"),
+    "words-3": ("DGPO", "Flow-GRPO", "Diffusion-DPO", *BEST),
+    "shapes": MOST,
 }
 EXPERIMENTS = ("methods", *sweeps.SWEEPS)
 
@@ -306,10 +305,13 @@ def cost_cells(runs: list[Run]) -> list[str]:
 
 
 def tiny_ratio(name: str, by_method: figures.ByMethod) -> str:
-    """The cost over DGPO's."""
+    """The cost over DGPO's, if that has been measured."""
+    if name == "DGPO":
+        return "1"
+    if "DGPO" not in by_method:
+        return "-"
     spacing = tiny.GRID[1] / tiny.GRID[0]
-    compared = by_method["DGPO"], by_method[name]
-    return "1" if name == "DGPO" else protocol.ratio_of_few(*compared, spacing)
+    return protocol.ratio_of_few(by_method["DGPO"], by_method[name], spacing)
 
 
 def page(tables: dict[str, str]) -> str:

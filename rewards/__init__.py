@@ -87,7 +87,7 @@ def parse_models(pairs: list[str], names: Iterable[str]) -> dict[str, str]:
     models = dict(pair.partition("=")[::2] for pair in pairs)
     for name, model in models.items():
         if name not in names or not model:
-            known = ", ".join(f"{name}=..." for name in names)
+            known = ", ".join(f"{name}=..." for name in dict.fromkeys(names))
             raise RewardError(f"--reward_model takes {known}, got {name}{model and '='}{model}")
     return models
 

@@ -52,7 +52,7 @@ def post(url: str, content: dict) -> dict:
             return json.load(response)
     except HTTPError as error:  # the body has the server's reason
         reason = " ".join(error.read().decode(errors="replace").split())[:300]
-        raise RewardError(f"{url} answered {error.code} {error.reason}: {reason}") from None
+        raise RewardError(f"{url} answered {error.code} {error.reason} {reason}") from None
     except (OSError, HTTPException, ValueError) as error:
         raise RewardError(f"{url} did not answer with JSON: {error or type(error)}") from None
 

@@ -42,22 +42,24 @@ TALL = 1.5  # height / width from which the engine turns a box by 90 degrees bef
 
 
 def quotation(marks: str, single: bool) -> tuple[str, str]:
-    """Regular expressions for a quotation, and for a mark that is unclear if it is left over."""
+    """Regular expressions for a quotation, and for a mark that must not be left over."""
     start, end, text = marks[0], f"[{marks[1:]}]", f"[^{marks}]"
     if single:
         start, end = rf"(?<!\w){start}(?=\S)", rf"(?<!\s){end}(?!\w)"
         text += rf"|(?<=\w)[{marks[1:]}](?=\w)"  # don't
-        unclear = rf"{start}(?!{ELISION})|(?<!s){end}(?<!in.)"  # clear: dogs', rockin'
-    else:
-        unclear = start = rf"(?<!{DIGIT}){start}"  # behind a digit, it is an inch mark: 12"
-        start, end = rf"{start}(?!(?<=\S.)\s)", rf"{end}(?!(?<=\s.)\w)"
-    return f"{start}(?:{text})*{end}", unclear
+        left = rf"(?<![s\d]){end}(?<!in.)|(?<!\d){end}(?! \w)"  # but dogs' den, rockin' sign, 6'
+        return f"{start}(?:{text})*{end}", rf"{start}(?!{ELISION})|{left}"
+    left = start
+    if start in marks[1:]:  # the same mark opens and closes: see what is around it
+        left = rf"(?<!{DIGIT}){start}"  # behind a digit, it is an inch mark: 12"
+        start, end = rf"{left}(?!(?<=\S.)\s)", rf"{end}(?!(?<=\s.)\w)"
+    return f"{start}(?:{text})*{end}", left
 
 
 def quoted_texts(prompt: str) -> list[str]:
     """The texts that a prompt quotes, in double marks, else in single ones.
 
-    Raises RewardError if there are none, or if a mark is left over: "A 12" pizza" has two readings.
+    Raises RewardError if there are none, or if a mark is left over, as in "A 12" pizza".
     """
     plain = re.sub(r"\\([\"'])", r"\1", prompt)
     if re.fullmatch(r'"(?:[^"]|"")*"', plain) and '""' in plain[1:-1]:  # a field of a CSV file
@@ -65,10 +67,12 @@ def quoted_texts(prompt: str) -> list[str]:
     # Here ‛ stands for an apostrophe that is no quotation mark.
     for kinds, text in ((DOUBLE, plain), (SINGLE, ROCK_N_ROLL.sub(r"‛\1‛", plain))):
         patterns = [quotation(marks, kinds is SINGLE) for marks in kinds]
-        whole, unclear = (re.compile("|".join(each)) for each in zip(*patterns, strict=True))
-        texts = [match[0][1:-1].strip() for match in whole.finditer(text)]
-        if unclear.search(whole.sub(" ", text)):
-            raise RewardError(f"it is unclear what {prompt!r} quotes; use « and »")
+        whole, left = (re.compile("|".join(each)) for each in zip(*patterns, strict=True))
+        texts = [m[0][1:-1].strip().replace("‛", "'") for m in whole.finditer(text)]
+        if left.search(whole.sub(" ", text)):
+            raise RewardError(
+                f"a quotation mark is left over in the prompt {prompt!r}: put the text in « and »"
+            )
         if any(texts):
             return [text for text in texts if text]
     raise RewardError(f"no text in quotation marks in the prompt {prompt!r}")

@@ -42,7 +42,8 @@ GLOSSARY = """\
   wait (for scores) and train; reward runs beside them.
 - step, learning_rate: the number of the step, from 1, and its learning rate.
 - eval/NAME, eval_base/NAME: mean reward of the validation images by the saved average and by the
-  base model, from the same noise. If reward rises and these fall, the reward is being hacked.
+  base model, from the same noise, of the prompts for which both have a score. If reward rises and
+  these fall, the reward is being hacked.
 """
 
 

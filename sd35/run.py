@@ -159,10 +159,12 @@ def begin(settings: Settings, done: int) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     replace_file(out / "metrics.jsonl", lambda aside: aside.write_text(text, "utf-8"))
     replace_file(out / "settings.yaml", lambda aside: write_settings(settings, aside))
-    print(
-        f"{settings.recipe}, {' '.join(settings.reward)}: {settings.prompts_per_step} groups of "
-        f"{settings.group_size} a step, steps {done + 1} to {settings.max_train_steps}, into {out}"
-    )
+    if done < settings.max_train_steps:
+        print(
+            f"{settings.recipe}, {' '.join(settings.reward)}: {settings.prompts_per_step} groups "
+            f"of {settings.group_size} a step, steps {done + 1} to {settings.max_train_steps}, "
+            f"into {out}"
+        )
     if settings.max_train_steps < settings.ema_steps - 1:
         print("the saved LoRA will not have changed yet; give --ema_steps 1 for so short a run")
 

@@ -65,7 +65,7 @@ def test_pictures_prompts_and_metadata_go_out_and_scores_come_back(server):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((404, '{"error": "no such\\nmodel"}'), r'answered 404 Not Found: {"error": "no such'),
+        ((404, '{"error": "no such\\nmodel"}'), r'answered 404 Not Found {"error": "no such'),
         ((200, "<html>"), "did not answer with JSON"),
         ((200, '{"score": 1}'), 'answered without "scores"'),
         ((200, '{"scores": [1, 2]}'), r"must return 3 numbers: got the shape \(2,\)"),

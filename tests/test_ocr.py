@@ -30,7 +30,7 @@ TARGETS = {
     "A '90s style sign that says 'OPEN'": "OPEN",
     "Rock 'n' roll sign reads 'LIVE'": "LIVE",
     "a sign \"Rock 'n' Roll\"": "Rock 'n' Roll",
-    "a sign 'Rock 'n' Roll'": "Rock ‛n‛ Roll",  # which has the same normal form
+    "a sign 'Rock 'n' Roll'": "Rock 'n' Roll",
     "GUNS 'N' ROSES on one side, 'N' on the other": "N",
     'A sign that says “SALE” above a button "OK"': "SALE OK",
     'A sign: "" and "OPEN"': "OPEN",
@@ -44,6 +44,9 @@ TARGETS = {
     '写着"营业中"的牌子': "营业中",
     '海报上写着"2026"和"新年快乐"': "2026 新年快乐",
     'two signs, "Exit 5","Exit 6"': "Exit 5 Exit 6",
+    "看板に2024「営業中」と「 休み 」": "営業中 休み",
+    "海报上写着2024“新年快乐”和“发财”": "新年快乐 发财",
+    "a 6' tall man, a 6'-wide bench, a sign 'LIVE'": "LIVE",
     "a rockin' bar's sign 'LIVE', the dogs' favourite": "LIVE",
 }
 
@@ -57,10 +60,12 @@ REFUSED = {
     "a dog": "no text in quotation marks",
     "the dogs' owner's hat": "no text in quotation marks",
     'nothing in ""': "no text in quotation marks",
-    'a sign that says "OPEN': "it is unclear what",
-    "a sign that says 'OPEN": "it is unclear what",
-    'a sign "A 12" pizza" in red': "it is unclear what",
-    "a sign 'The dogs' den'": "it is unclear what",
+    'a sign that says "OPEN': "is left over",
+    "a sign that says 'OPEN": "is left over",
+    'a sign "A 12" pizza" in red': "is left over",
+    "a sign 'The dogs' den'": "is left over",
+    "a sign 'Kids' Toys'": "is left over",
+    "a sign 'Singin' in the Rain'": "is left over",
 }
 
 
