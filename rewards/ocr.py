@@ -47,8 +47,9 @@ def quotation(marks: str, single: bool) -> tuple[str, str]:
     if single:
         start, end = rf"(?<!\w){start}(?=\S)", rf"(?<!\s){end}(?!\w)"
         text += rf"|(?<=\w)[{marks[1:]}](?=\w)"  # don't
-        left = rf"(?<![s\d]){end}(?<!in.)|(?<!\d){end}(?! \w)"  # but dogs' den, rockin' sign, 6'
-        return f"{start}(?:{text})*{end}", rf"{start}(?!{ELISION})|{left}"
+        # An apostrophe may be left over: dogs' den, rockin' sign, 6' tall, jack-o'-lantern.
+        left = rf"{start}(?!{ELISION})|(?<![s\d]){end}(?<!in.)(?!-)|(?<!\d){end}(?! \w|-)"
+        return f"{start}(?:{text})*{end}", left
     left = start
     if start in marks[1:]:  # the same mark opens and closes: see what is around it
         left = rf"(?<!{DIGIT}){start}"  # behind a digit, it is an inch mark: 12"

@@ -46,7 +46,7 @@ TARGETS = {
     'two signs, "Exit 5","Exit 6"': "Exit 5 Exit 6",
     "看板に2024「営業中」と「 休み 」": "営業中 休み",
     "海报上写着2024“新年快乐”和“发财”": "新年快乐 发财",
-    "a 6' tall man, a 6'-wide bench, a sign 'LIVE'": "LIVE",
+    "a 6' tall man, a jack-o'-lantern, a sign 'LIVE'": "LIVE",
     "a rockin' bar's sign 'LIVE', the dogs' favourite": "LIVE",
 }
 
