@@ -256,7 +256,7 @@ def evaluate(settings: EvaluationSettings) -> None:
     resolve(settings)
     out, prompts = Path(settings.output_dir), prompt_lists.load(settings.prompts)
     rewards.check_prompts(settings.metrics, prompts)
-    models = rewards.parse_models(settings.reward_model, settings.metrics)
+    models = rewards.interface.parse_models(settings.reward_model, settings.metrics)
     # One process may finish hours before another: the default of ten minutes is too short.
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     state = PartialState(cpu=not gpu, timeout=timedelta(days=1))

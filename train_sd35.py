@@ -311,7 +311,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
 def read_prompts(settings: Settings) -> tuple[list[dict], list[dict]]:
     """Training and validation prompts, checked against the rewards. Raises UserError."""
     trained, watched = rewards.parse(settings.reward), rewards.parse(settings.eval_reward)
-    rewards.parse_models(settings.reward_model, [*trained, *watched])
+    rewards.interface.parse_models(settings.reward_model, [*trained, *watched])
     training = prompts.load(settings.train_prompts or task_of(settings.reward))
     if settings.validation_prompts:
         validation = prompts.load(settings.validation_prompts)

@@ -82,16 +82,6 @@ def parse(specs: list[str]) -> dict[str, float]:
     return weights
 
 
-def parse_models(pairs: list[str], names: Iterable[str]) -> dict[str, str]:
-    """Parse pairs "name=model" into models by name. Raises RewardError unless all are in names."""
-    models = dict(pair.partition("=")[::2] for pair in pairs)
-    for name, model in models.items():
-        if name not in names or not model:
-            known = ", ".join(f"{name}=..." for name in dict.fromkeys(names))
-            raise RewardError(f"--reward_model takes {known}, got {name}{model and '='}{model}")
-    return models
-
-
 def check_prompts(names: Iterable[str], prompts: list[dict]) -> None:
     """Raise RewardError for the first prompt that a reward of this folder cannot score."""
     for name in names:

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,16 @@ def need(command: str, *modules: str) -> None:
     """Raise RewardError with the pip command unless all modules can be imported."""
     if any(importlib.util.find_spec(module) is None for module in modules):
         raise RewardError(f"it needs `{command}`")
+
+
+def parse_models(pairs: list[str], names: Iterable[str]) -> dict[str, str]:
+    """Parse pairs "name=model" into models by name. Raises RewardError unless all are in names."""
+    models = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, model in models.items():
+        if name not in names or not model:
+            known = ", ".join(f"{name}=..." for name in dict.fromkeys(names))
+            raise RewardError(f"--reward_model takes {known}, got {name}{model and '='}{model}")
+    return models
 
 
 def read_weights(place: str) -> dict:
