@@ -84,7 +84,7 @@ def plot_curves(path: Path, plotted: list[tuple[str, Goal, ByMethod]]) -> None:
             (line,) = panel.plot(costs, median, label=method, **style(method))
             panel.fill_between(costs, low, high, color=line.get_color(), alpha=0.15, lw=0)
         panel.axhline(goal.progress, color="black", ls="--", lw=1)
-        panel.set(xscale="log", xlim=(costs[0], budget), ylim=(-0.2, 1.3))
+        panel.set(xscale="log", xlim=(costs[0], budget), ylim=(-0.2, 1.75))
     save(figure, path, "cost, forward passes of one sample", "progress", axes)
 
 

@@ -23,9 +23,8 @@ import yaml
 # and is a function there: geneval_sd3_4gpu, general_ocr_sd3_4gpu, pickscore_sd3_4gpu. A recipe says
 # where guidance is used, wins over the task, and is a file: dgpo.py, dgpo_wocfg.py and
 # dgpo_wocfg_emaref.py; the last two have no PickScore. Their issue 9 advises the last for GenEval,
-# with 24 groups of 24. For cfg_free, their README.md:161 advises clip 1e-5 and KL 1e-3. For
-# cfg_free_ema, reference_guidance_scale (kl_cfg) is 1.0 in their file; their README.md:175 adds "or
-# 4.5/3.5".
+# with 24 groups of 24. For cfg_free, their README.md:161 has clip 1e-5, KL 1e-3. For cfg_free_ema,
+# reference_guidance_scale (kl_cfg) is 1.0 there; their README.md:175 adds "or 4.5/3.5".
 RELEASED: dict[str, dict[str, Any]] = {
     "geneval": dict(t_min=0.8, std="group", old_after=500),
     "ocr": dict(),
